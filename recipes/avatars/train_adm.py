@@ -1,0 +1,92 @@
+"""The unconditional ADM of the bundled world: v-prediction, learned sigma, linear schedule, 32 px.
+
+`python train_adm.py --data DIR --out DIR` trains (or resumes) on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from data import load
+from loop import Plan, spawn, train
+
+from sdg_core.adm import ADMConfig, ADMUNet
+
+CONFIG = ADMConfig(
+    image_size=32,
+    model_channels=64,
+    channel_mult=(1, 2, 2),
+    num_res_blocks=1,
+    attention_levels=(1, 2),
+    head_channels=32,
+    resblock_updown=False,
+    patch=2,
+    prediction="v",
+    beta_schedule="linear",
+)
+VARIANCE_WEIGHT = 0.05  # of the variational term that trains the learned sigma (Nichol and Dhariwal 2021, eq. 16)
+
+
+class Loss:
+    """v-prediction with a truncated SNR weight, plus the variational bound for the variance channels."""
+
+    def __init__(self, model: ADMUNet, images: Tensor, share: int) -> None:
+        self.model, self.images, self.share = model, images, share
+        betas = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
+        self.betas = betas.float()
+        self.abar = torch.cumprod(1 - betas, 0).float()
+        previous = torch.cat([torch.ones(1), self.abar[:-1]])
+        self.beta_tilde = self.betas * (1 - previous) / (1 - self.abar)
+        self.beta_tilde[0] = self.beta_tilde[1]
+        self.previous = previous
+
+    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, str]:
+        index = torch.randint(len(self.images), (self.share,), generator=generator)
+        x_0 = self.images[index].float() / 127.5 - 1
+        offset = torch.rand(1, generator=generator)
+        t = (((torch.arange(self.share) + offset) / self.share) * 1000).long().clamp(max=999)
+        eps = torch.randn(x_0.shape, generator=generator)
+        abar = self.abar[t].view(-1, 1, 1, 1)
+        x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
+        v, fraction = self.model(x_t, t).chunk(2, dim=1)
+        snr = abar / (1 - abar)
+        weight = (5 / (snr + 1)).clamp(max=1)
+        error = (weight * (v - (abar.sqrt() * eps - (1 - abar).sqrt() * x_0)).square()).mean()
+        denoised = (abar.sqrt() * x_t - (1 - abar).sqrt() * v).detach()
+        bound = self.variance_bound(x_0, denoised, fraction, t)
+        return error + VARIANCE_WEIGHT * bound, f"v {error.item():.4f} bound {bound.item():.4f}"
+
+    def variance_bound(self, x_0: Tensor, denoised: Tensor, fraction: Tensor, t: Tensor) -> Tensor:
+        """KL(q(x_{t-1} | x_t, x_0) || p) in nats per element, its mean detached; t = 0 counts like t = 1."""
+        beta, tilde = (s[t].view(-1, 1, 1, 1) for s in (self.betas, self.beta_tilde))
+        previous, abar = (s[t].view(-1, 1, 1, 1) for s in (self.previous, self.abar))
+        gap = previous.sqrt() * beta / (1 - abar) * (x_0 - denoised)
+        log_variance = (fraction + 1) / 2 * (beta.log() - tilde.log()) + tilde.log()
+        return 0.5 * (log_variance - tilde.log() - 1 + (tilde.log() - log_variance).exp()
+                      + gap.square() * (-log_variance).exp()).mean()
+
+
+def job(rank: int, processes: int, data: Path, out: Path, images: int) -> None:
+    plan = Plan(out / "adm.pt", images, batch=64, lr=8e-4, seed=1, processes=processes, rank=rank)
+    torch.manual_seed(plan.seed)
+    model = ADMUNet(CONFIG)
+    pictures = torch.from_numpy(load(data, "train")[0]).permute(0, 3, 1, 2).contiguous()
+    train(plan, model, Loss(model, pictures, plan.share))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=400_000)
+    parser.add_argument("--processes", type=int, default=1)
+    args = parser.parse_args()
+    spawn(functools.partial(job, data=args.data, out=args.out, images=args.images), args.processes)

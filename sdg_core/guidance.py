@@ -1,0 +1,197 @@
+"""What guidance pulls towards: text, an image's content, its structure, its style (SDG, section 3.2).
+
+Every score is per sample, (B,), in float32, dimensionless, and higher is better. Structure and style distances are
+divided by the reference's own size, layer by layer, and averaged over layers: one range of scales (some 100 to 300, as in
+the paper) then means about the same pull for every kind, layer, encoder and resolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .features import Features, gram, squared_distance, squared_size
+from .noisy_clip import unit
+from .schedule import TimestepTable
+
+
+class Encoder(Protocol):
+    """What guidance needs of an encoder (``NoisyCLIP`` is one). See there for the contracts."""
+
+    table: TimestepTable
+    full_depth: int
+
+    def __call__(self, image: Tensor, t: Tensor, depth: int) -> Features: ...
+
+    def noise_gain(self, height: int, width: int) -> float: ...
+
+
+Look = Callable[[Tensor, "int | None"], Features]
+"""(clean references (R, 3, h, w) in -1..1, depth or None for all) -> their features at the current step's noise."""
+
+
+class Guidance(Protocol):
+    """One pull. ``target`` is computed once per noise level, ``score`` at every gradient."""
+
+    def depth(self, encoder: Encoder) -> int: ...
+
+    def target(self, look: Look) -> Features: ...
+
+    def score(self, features: Features, target: Features) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class TextGuidance:
+    """F = E'(x_t, t) . E_L(l). ``embed``: normalised text embeddings (N, D); several are averaged in score."""
+
+    embed: Tensor
+
+    def depth(self, encoder: Encoder) -> int:
+        return encoder.full_depth
+
+    def target(self, look: Look) -> Features:
+        return Features((), self.embed)
+
+    def score(self, features: Features, target: Features) -> Tensor:
+        return _cosine(features, target)
+
+
+@dataclass(frozen=True, eq=False)
+class ContentGuidance:
+    """F = E'(x_t, t) . E'(x'_t, t): what is in the picture; pose and layout stay free. ``image`` (R, 3, h, w), -1..1."""
+
+    image: Tensor
+
+    def depth(self, encoder: Encoder) -> int:
+        return encoder.full_depth
+
+    def target(self, look: Look) -> Features:
+        embed = look(self.image, None).embed
+        assert embed is not None
+        return Features((), unit(embed))
+
+    def score(self, features: Features, target: Features) -> Tensor:
+        return _cosine(features, target)
+
+
+@dataclass(frozen=True, eq=False)
+class StructureGuidance:
+    """F = -mean_j |E'(x_t)_j - E'(x'_t)_j|^2 / |E'(x'_t)_j|^2 over feature maps j: layout as well as content.
+
+    ``layers`` count maps from 1 (the stem, or the patch embedding).
+    """
+
+    image: Tensor
+    layers: tuple[int, ...] = (4,)
+
+    def depth(self, encoder: Encoder) -> int:
+        return max(check_layers(self.layers, encoder))
+
+    def target(self, look: Look) -> Features:
+        return look(self.image, max(self.layers))
+
+    def score(self, features: Features, target: Features) -> Tensor:
+        scores = []
+        for layer in self.layers:
+            wanted = target.maps[layer - 1]
+            scores.append(_mean_over(wanted, lambda w, seen=features.maps[layer - 1]: _relative(seen, w)))
+        return -torch.stack(scores).mean(dim=0)
+
+
+@dataclass(frozen=True, eq=False)
+class StyleGuidance:
+    """F = -mean_j |G'(x_t)_j - G'(x'_t)_j|_F^2 / |G'(x'_t)_j|_F^2, G the Gram matrix of map j.
+
+    ``centred`` takes each channel's mean out of G first: less of the reference's layout comes along.
+    """
+
+    image: Tensor
+    layers: tuple[int, ...] = (4, 5)
+    centred: bool = True
+
+    def depth(self, encoder: Encoder) -> int:
+        return max(check_layers(self.layers, encoder))
+
+    def target(self, look: Look) -> Features:
+        maps = look(self.image, max(self.layers)).maps
+        return Features(tuple(gram(m, self.centred) for m in maps))
+
+    def score(self, features: Features, target: Features) -> Tensor:
+        scores = []
+        for layer in self.layers:
+            seen = gram(features.maps[layer - 1], self.centred)
+            scores.append(_mean_over(target.maps[layer - 1], lambda w, seen=seen: _relative(seen, w)))
+        return -torch.stack(scores).mean(dim=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One guidance with the encoder that it reads by, its scale, and where in the run it acts.
+
+    ``start`` and ``end`` are fractions of the sampling run (0 is pure noise, 1 the finished picture). A negative scale
+    pushes away. A combined guidance is a tuple of terms; its score is the sum of scale * score.
+    """
+
+    guidance: Guidance
+    encoder: Encoder
+    scale: float
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end <= 1:
+            raise ValueError(
+                f"Got a guidance that runs from {self.start} to {self.end}; wanted 0 <= start < end <= 1. "
+                "Set start below end, both as fractions of the run."
+            )
+
+
+def combine(parts: Sequence[tuple[tuple[Term, ...], float]]) -> tuple[Term, ...]:
+    """The weighted sum of guidances: F = w_1 F_1 + w_2 F_2 + ..., as one tuple of terms."""
+    return tuple(
+        Term(term.guidance, term.encoder, weight * term.scale, term.start, term.end)
+        for terms, weight in parts
+        for term in terms
+    )
+
+
+def check_layers(layers: tuple[int, ...], encoder: Encoder) -> tuple[int, ...]:
+    """The layers, if the encoder has them. Raises ValueError otherwise."""
+    deepest = encoder.full_depth - 1
+    if not layers or min(layers) < 1 or max(layers) > deepest:
+        raise ValueError(
+            f"Got the layers {list(layers)}; wanted one or more of 1..{deepest}, the feature maps of this encoder. "
+            "Shallow layers carry strokes and palette, deep ones parts and layout."
+        )
+    return layers
+
+
+def fit(image: Tensor, height: int, width: int) -> Tensor:
+    """References (R, 3, h, w) at the picture's size: scaled to cover it, the middle cut out, antialiased."""
+    h, w = image.shape[-2:]
+    if (h, w) == (height, width):
+        return image
+    zoom = max(height / h, width / w)
+    size = (max(height, round(h * zoom)), max(width, round(w * zoom)))
+    image = F.interpolate(image.float(), size, mode="bicubic", antialias=True).clamp(-1, 1)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return image[..., top : top + height, left : left + width]
+
+
+def _cosine(features: Features, target: Features) -> Tensor:
+    assert features.embed is not None and target.embed is not None
+    return (unit(features.embed) @ target.embed.float().T).mean(dim=1)
+
+
+def _relative(seen: Tensor, wanted: Tensor) -> Tensor:
+    return squared_distance(seen, wanted) / squared_size(wanted)
+
+
+def _mean_over(references: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean over references (R, ...) of score(one of them (1, ...)) -> (B,)."""
+    return torch.stack([score(reference[None]) for reference in references]).mean(dim=0)

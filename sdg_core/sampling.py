@@ -1,0 +1,171 @@
+"""Samplers for use without a host, as generators: the caller owns progress and cancel.
+
+``euler`` and ``euler_ancestral`` are the field's (Karras et al. 2022; k-diffusion) in VE scaling, as ComfyUI runs them.
+``paper`` is SDG's own: the ancestral step of guided-diffusion with learned Sigma, its mean shifted by Sigma * grad F.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .adm import ADMUNet
+from .guide import GuidanceRun, guidance_gradient, guide
+from .schedule import TimestepTable, expand
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A model's estimate at one step: ``denoised`` (B, C, H, W), and, where Sigma is learned, where the log variance
+    lies between beta_tilde (0) and beta (1), same shape."""
+
+    denoised: Tensor
+    variance_fraction: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished step: ``x`` after it (VE scaling), the guided estimate it used, and its count."""
+
+    index: int
+    steps: int
+    sigma: float
+    x: Tensor
+    denoised: Tensor
+
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+"""(x (B, 3, H, W) in VE scaling, sigma (B,)) -> denoised."""
+
+Predict = Callable[[Tensor, Tensor], Prediction]
+"""The same with the variance."""
+
+
+class ADMDenoiser:
+    """An ADM UNet as a denoiser in VE scaling; denoised is clamped to -1..1 (the paper's clip_denoised)."""
+
+    def __init__(self, unet: ADMUNet) -> None:
+        self.unet = unet
+        self.table = TimestepTable.from_name(unet.config.beta_schedule)
+
+    def predict(self, x: Tensor, sigma: Tensor) -> Prediction:
+        """Denoised and the variance fraction at sigma (B,), read at the nearest timestep of training."""
+        with torch.no_grad():
+            s = expand(sigma.float(), x)
+            norm = (1 + s.square()).sqrt()
+            out = self.unet(x / norm, self.table.timestep(sigma).round())
+        mean, variance = out.chunk(2, dim=1) if self.unet.config.learn_sigma else (out, None)
+        if self.unet.config.prediction == "eps":
+            denoised = x - s * mean
+        else:
+            denoised = x / norm.square() - s / norm * mean
+        return Prediction(denoised.clamp(-1, 1), None if variance is None else (variance + 1) / 2)
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return self.predict(x, sigma).denoised
+
+
+def guided(denoise: Denoise, run: GuidanceRun) -> Denoise:
+    """A guided denoiser is a denoiser."""
+    return lambda x, sigma: guide(denoise(x, sigma), x, sigma, run)
+
+
+def normal_sigmas(table: TimestepTable, steps: int) -> Tensor:
+    """ComfyUI's "normal" schedule: timesteps from the last to the first, equally spaced, then 0: (steps + 1,)."""
+    t = torch.linspace(len(table.ratio) - 1, 0, steps)
+    return torch.cat([table.sigma(t).float(), torch.zeros(1)])
+
+
+def percent_to_sigma(table: TimestepTable) -> Callable[[float], float]:
+    """Fraction of the run -> sigma, as ComfyUI counts it: 0 is above every sigma, 1 is 0."""
+
+    def sigma(percent: float) -> float:
+        if percent <= 0 or percent >= 1:
+            return float("inf") if percent <= 0 else 0.0
+        return float(table.sigma(torch.tensor((1 - percent) * (len(table.ratio) - 1))))
+
+    return sigma
+
+
+def initial(noise: Tensor, sigma: Tensor) -> Tensor:
+    """x at the first sigma, from unit noise: the variance of noised data, as ComfyUI starts a full denoise."""
+    return noise * (1 + sigma.square()).sqrt()
+
+
+@torch.no_grad()
+def euler(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
+    """Euler's method on the probability flow; on VP models it is DDIM. sigmas (n + 1,) decreasing to 0."""
+    for i, (s, s_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        denoised = denoise(x, s.expand(len(x)))
+        x = x + (x - denoised) / s * (s_next - s)
+        yield Step(i, len(sigmas) - 1, float(s), x, denoised)
+
+
+@torch.no_grad()
+def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: torch.Generator) -> Iterator[Step]:
+    """Euler steps down to sigma_down, then fresh noise up to the next sigma (eta 1)."""
+    for i, (s, s_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        denoised = denoise(x, s.expand(len(x)))
+        up = torch.minimum(s_next, (s_next**2 * (s**2 - s_next**2) / s**2).sqrt())
+        down = (s_next**2 - up**2).sqrt()
+        x = x + (x - denoised) / s * (down - s)
+        if s_next > 0:
+            x = x + noise_like(x, generator) * up
+        yield Step(i, len(sigmas) - 1, float(s), x, denoised)
+
+
+@torch.no_grad()
+def paper(
+    predict: Predict, x: Tensor, sigmas: Tensor, generator: torch.Generator, run: GuidanceRun | None = None
+) -> Iterator[Step]:
+    """SDG's algorithm 1: x_{t-1} ~ N(mu + Sigma grad_{x_t} F, Sigma), respaced to the given sigmas.
+
+    Works in VP scaling (x and sigmas come and go in VE). Where the model learned Sigma it is used, otherwise beta_tilde.
+    The gradient is taken as it is: ``run.strength`` does not apply. Steps stop at the last sigma above 0, where the
+    mean is returned without noise.
+    """
+    abar = 1 / (1 + sigmas.double().square())
+    for i, s in enumerate(sigmas[:-1]):
+        batch_sigma = s.expand(len(x))
+        prediction = predict(x, batch_sigma)
+        mean, variance = posterior(prediction, x * float(abar[i].sqrt()), float(abar[i]), float(abar[i + 1]))
+        mean = mean + variance * _vp_gradient(x, batch_sigma, run) if run is not None else mean
+        last = float(sigmas[i + 1]) == 0
+        sample = mean if last else mean + variance.sqrt() * noise_like(x, generator)
+        x = sample / float(abar[i + 1].sqrt())
+        yield Step(i, len(sigmas) - 1, float(s), x, prediction.denoised)
+
+
+def posterior(prediction: Prediction, x_t: Tensor, abar: float, abar_next: float) -> tuple[Tensor, Tensor]:
+    """Mean and variance of p(x_{t-1} | x_t) in VP scaling between two (respaced) signal powers.
+
+    beta = 1 - abar_t / abar_{t-1}; log Sigma = f log beta + (1 - f) log beta_tilde (Nichol and Dhariwal, eq. 15).
+    At the last step (abar_next = 1) beta_tilde is 0 and Sigma falls back to beta.
+    """
+    beta = 1 - abar / abar_next
+    mean = (
+        abar_next**0.5 * beta / (1 - abar) * prediction.denoised
+        + (1 - beta) ** 0.5 * (1 - abar_next) / (1 - abar) * x_t
+    )
+    tilde = beta * (1 - abar_next) / (1 - abar) or beta
+    fraction = prediction.variance_fraction
+    low, high = torch.tensor([tilde, beta], dtype=torch.float64).log().tolist()
+    log_variance = torch.full_like(mean, low) if fraction is None else fraction * high + (1 - fraction) * low
+    return mean, log_variance.exp()
+
+
+def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Unit noise shaped like x, drawn on the generator's device."""
+    return torch.randn(x.shape, dtype=x.dtype, device=generator.device, generator=generator).to(x.device)
+
+
+def _vp_gradient(x: Tensor, sigma: Tensor, run: GuidanceRun) -> Tensor:
+    """grad F in VP scaling at VE-scaled x: grad_u = grad_x * dx/du, with x = u * sqrt(1 + sigma^2)."""
+    weights = run.weights(sigma)
+    if not bool((weights != 0).any()):
+        return torch.zeros_like(x)
+    grad, _ = guidance_gradient(x, sigma, weights, run)
+    return torch.nan_to_num(grad * expand((1 + sigma.square()).sqrt(), grad), posinf=0.0, neginf=0.0)

@@ -1,0 +1,106 @@
+"""open_clip image towers opened up: feature maps on the way, early exit, the norms in forward order."""
+
+from __future__ import annotations
+
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+from .features import Features
+
+
+class Tower(nn.Module):
+    """An image tower of ``stages`` feature maps and then one embedding.
+
+    ``forward(image (B, 3, S, S), depth)`` runs the first ``depth`` stages and gives as many maps; depth
+    ``stages + 1`` (``full_depth``) adds the embedding. ``norms()`` names every normalisation layer on the main path.
+    """
+
+    stages: int
+    visual: nn.Module
+
+    @property
+    def full_depth(self) -> int:
+        return self.stages + 1
+
+    def norms(self) -> list[tuple[str, nn.Module]]:
+        raise NotImplementedError
+
+    def forward(self, image: Tensor, depth: int) -> Features:
+        raise NotImplementedError
+
+
+class ResNetTower(Tower):
+    """open_clip's ModifiedResNet: maps after the stem and after layer1..layer4. Norms of shortcuts are left alone."""
+
+    stages = 5
+
+    def __init__(self, visual: ModifiedResNet) -> None:
+        super().__init__()
+        self.visual = visual
+
+    def norms(self) -> list[tuple[str, nn.Module]]:
+        names = [f"visual.bn{i}" for i in (1, 2, 3)]
+        for layer in (1, 2, 3, 4):
+            for block in range(len(getattr(self.visual, f"layer{layer}"))):
+                names += [f"visual.layer{layer}.{block}.bn{i}" for i in (1, 2, 3)]
+        return [(name, self.get_submodule(name)) for name in names]
+
+    def forward(self, image: Tensor, depth: int) -> Features:
+        v = self.visual
+        maps, x = [], image
+        for stage in (v.stem, v.layer1, v.layer2, v.layer3, v.layer4)[:depth]:
+            x = stage(x)
+            maps.append(x)
+        return Features(tuple(maps), v.attnpool(x) if depth > self.stages else None)
+
+
+class ViTTower(Tower):
+    """open_clip's VisionTransformer: maps of the patch tokens after the embedding and each quarter of the blocks."""
+
+    stages = 5
+
+    def __init__(self, visual: VisionTransformer) -> None:
+        super().__init__()
+        self.visual = visual
+
+    def norms(self) -> list[tuple[str, nn.Module]]:
+        names = ["visual.ln_pre"] if isinstance(self.visual.ln_pre, nn.LayerNorm) else []
+        for block in range(len(self.visual.transformer.resblocks)):
+            names += [f"visual.transformer.resblocks.{block}.ln_{i}" for i in (1, 2)]
+        return [(name, self.get_submodule(name)) for name in [*names, "visual.ln_post"]]
+
+    def forward(self, image: Tensor, depth: int) -> Features:
+        v = self.visual
+        blocks = v.transformer.resblocks
+        ends = [round(len(blocks) * stage / (self.stages - 1)) for stage in range(self.stages)]
+        tokens = v._embeds(image)
+        maps, done = [], 0
+        for end in ends[:depth]:
+            for block in blocks[done:end]:
+                tokens = block(tokens)
+            done = end
+            maps.append(self._as_map(tokens))
+        if depth <= self.stages:
+            return Features(tuple(maps))
+        pooled, _ = v._pool(tokens)
+        return Features(tuple(maps), pooled if v.proj is None else pooled @ v.proj)
+
+    def _as_map(self, tokens: Tensor) -> Tensor:
+        """Patch tokens (B, 1 + H W, C) -> map (B, C, H, W)."""
+        H, W = self.visual.grid_size
+        return tokens[:, 1:].transpose(1, 2).unflatten(2, (H, W))
+
+
+def open_tower(visual: nn.Module) -> Tower:
+    """Opens up an open_clip image tower. Raises ValueError for kinds without a known inside."""
+    if isinstance(visual, ModifiedResNet):
+        return ResNetTower(visual)
+    if isinstance(visual, VisionTransformer) and visual.transformer.batch_first:
+        return ViTTower(visual)
+    raise ValueError(
+        f"Got an image tower of kind {type(visual).__name__}; wanted open_clip's ModifiedResNet or VisionTransformer. "
+        "Use an architecture such as RN50, RN50x16, ViT-B-32 or ViT-L-14."
+    )
+
+
