@@ -28,7 +28,7 @@ class ADMConfig:
 
     image_size: int = 256
     model_channels: int = 256
-    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4, 4)
+    channel_mult: tuple[float, ...] = (1, 1, 2, 2, 4, 4)
     num_res_blocks: int = 2
     attention_levels: tuple[int, ...] = (3, 4, 5)
     head_channels: int = 64
@@ -68,7 +68,7 @@ class ADMConfig:
                 "This ADM is class-conditional (it has label_emb.weight); guidance needs an unconditional one. "
                 "Use for example 256x256_diffusion_uncond.pt."
             )
-        model_channels, _, *_ = state["input_blocks.0.0.weight"].shape
+        model_channels = state["time_embed.0.weight"].shape[1]
         up_convs = _matching(state, r"output_blocks\.(\d+)\.[12]\.conv\.weight")
         up_blocks = _matching(state, r"output_blocks\.(\d+)\.[12]\.in_layers\.2\.weight")
         levels = len(up_convs or up_blocks) + 1
@@ -80,7 +80,7 @@ class ADMConfig:
         return cls(
             image_size=image_size,
             model_channels=model_channels,
-            channel_mult=tuple(w // model_channels for w in reversed(widths)),
+            channel_mult=tuple(w / model_channels for w in reversed(widths)),
             num_res_blocks=per_level - 1,
             attention_levels=tuple(sorted(levels - 1 - i for i in attended)),
             learn_sigma=state["out.2.weight"].shape[0] == 2 * state["input_blocks.0.0.weight"].shape[1],
@@ -214,7 +214,7 @@ class ADMUNet(nn.Module):
         base = config.model_channels
         embed = 4 * base
         self.time_embed = nn.Sequential(ops.Linear(base, embed, **kw), nn.SiLU(), ops.Linear(embed, embed, **kw))
-        widths = [base * m for m in config.channel_mult]
+        widths = [int(base * m) for m in config.channel_mult]  # 512 px models start at half
         build = _Builder(config, embed, ops, kw)
         self.input_blocks = build.encoder(widths)
         self.middle_block = Block(
