@@ -147,7 +147,8 @@ class FunctionalADM:
         groups = x.reshape(x.shape[0], 32, -1)
         groups = (groups - groups.mean(-1, keepdim=True)) / (groups.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
         shape = (1, -1) + (1,) * (x.ndim - 2)
-        return groups.reshape(x.shape) * self.state[f"{name}.weight"].view(shape) + self.state[f"{name}.bias"].view(shape)
+        weight, bias = self.state[f"{name}.weight"].view(shape), self.state[f"{name}.bias"].view(shape)
+        return groups.reshape(x.shape) * weight + bias
 
     @staticmethod
     def doubled(x: Tensor) -> Tensor:
