@@ -1,0 +1,43 @@
+"""ComfyUI adapters. Each node converts, calls one function of ``sdg_core`` and converts back."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .guidance import (
+    SDGCombineGuidance,
+    SDGContentGuidance,
+    SDGStructureGuidance,
+    SDGStyleGuidance,
+    SDGTextGuidance,
+)
+from .host import register_folders
+from .loaders import SDGEmptyPixelLatent, SDGLoadADM, SDGLoadNoisyCLIP
+from .sampling import SDGApplyGuidance, SDGGuidedKSampler, SDGPaperSampler
+
+NODES: list[type[io.ComfyNode]] = [
+    SDGLoadNoisyCLIP,
+    SDGLoadADM,
+    SDGEmptyPixelLatent,
+    SDGTextGuidance,
+    SDGContentGuidance,
+    SDGStructureGuidance,
+    SDGStyleGuidance,
+    SDGCombineGuidance,
+    SDGGuidedKSampler,
+    SDGApplyGuidance,
+    SDGPaperSampler,
+]
+
+
+class SemanticDiffusionGuidance(ComfyExtension):
+    """What ComfyUI asks for: the list of nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+def extension() -> SemanticDiffusionGuidance:
+    """The extension, with its model folders made known to ComfyUI."""
+    register_folders()
+    return SemanticDiffusionGuidance()

@@ -1,0 +1,283 @@
+"""Nodes that say what to pull towards: text, the content, structure or style of a picture, and sums of these."""
+
+from __future__ import annotations
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..sdg_core.guidance import (
+    ContentGuidance,
+    Guidance,
+    StructureGuidance,
+    StyleGuidance,
+    Term,
+    TextGuidance,
+    check_layers,
+    combine,
+)
+from . import defaults, host
+from .inputs import to_layers, to_prompt, to_references
+from .loaders import NoisyCLIPSocket
+
+GuidanceSocket = io.Custom("SDG_GUIDANCE")
+COMBINED = 4
+
+
+def noisy_clip_input() -> io.Input:
+    return NoisyCLIPSocket.Input("noisy_clip", tooltip="The encoder to look through, from Load Noisy CLIP.")
+
+
+def image_input(what: str) -> io.Input:
+    return io.Image.Input("image", tooltip=f"{what} Any size: it is scaled to cover the picture. Several are averaged.")
+
+
+def scale_input(default: float, tooltip: str) -> io.Input:
+    return io.Float.Input(
+        "scale",
+        default=default,
+        min=defaults.SCALE_MIN,
+        max=defaults.SCALE_MAX,
+        step=defaults.SCALE_STEP,
+        round=0.01,
+        tooltip=tooltip,
+    )
+
+
+def layers_input(default: str, tooltip: str) -> io.Input:
+    return io.String.Input("layers", default=default, tooltip=tooltip)
+
+
+def interval_inputs() -> list[io.Input]:
+    fraction = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
+    return [
+        io.Float.Input(
+            "start_percent",
+            default=0.0,
+            **fraction,
+            tooltip="Guide from this part of the run on. 0 is pure noise; higher leaves the layout to the model.",
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=1.0,
+            **fraction,
+            tooltip="Guide up to this part of the run. 1 is the finished picture; lower leaves fine detail to the model.",
+        ),
+    ]
+
+
+def guidance_output() -> io.Output:
+    return GuidanceSocket.Output(
+        "GUIDANCE", tooltip="Connect to Guided KSampler, Apply Guidance or Combine Guidance."
+    )
+
+
+def one(noisy_clip: ModelPatcher, guidance: Guidance, scale: float, start: float, end: float) -> io.NodeOutput:
+    """One term as a node's output."""
+    return io.NodeOutput(host.HostGuidance((Term(guidance, noisy_clip.model, scale, start, end),), (noisy_clip,)))
+
+
+class SDGTextGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SDGTextGuidance",
+            display_name="Text Guidance (SDG)",
+            category="SDG/guidance",
+            description="Pulls the picture towards a text. Use it to give an unconditional model a prompt, or any model one more.",
+            inputs=[
+                noisy_clip_input(),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    default="a person with red hair and glasses, blue background",
+                    tooltip="What the picture should show, in words that the encoder knows.",
+                ),
+                scale_input(
+                    defaults.TEXT_SCALE,
+                    "How strongly to follow the text. Higher follows closer and varies less; 0 is off, "
+                    "negative pushes away. Usual: 50 to 300.",
+                ),
+                *interval_inputs(),
+            ],
+            outputs=[guidance_output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, noisy_clip: ModelPatcher, text: str, scale: float, start_percent: float, end_percent: float
+    ) -> io.NodeOutput:
+        prompt = to_prompt(text)
+        with torch.no_grad():
+            embed = host.load_encoder(noisy_clip).encode_text([prompt])
+        return one(noisy_clip, TextGuidance(embed), scale, start_percent, end_percent)
+
+
+class SDGContentGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SDGContentGuidance",
+            display_name="Content Guidance (SDG)",
+            category="SDG/guidance",
+            description="Pulls towards what a reference picture shows. Pose and layout stay free: use it for variations.",
+            inputs=[
+                noisy_clip_input(),
+                image_input("The picture whose content to follow."),
+                scale_input(
+                    defaults.CONTENT_SCALE,
+                    "How strongly to follow the content. Higher is closer to the reference; 0 is off, "
+                    "negative pushes away. Usual: 100 to 400.",
+                ),
+                *interval_inputs(),
+            ],
+            outputs=[guidance_output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, noisy_clip: ModelPatcher, image: Tensor, scale: float, start_percent: float, end_percent: float
+    ) -> io.NodeOutput:
+        return one(noisy_clip, ContentGuidance(to_references(image)), scale, start_percent, end_percent)
+
+
+class SDGStructureGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SDGStructureGuidance",
+            display_name="Structure Guidance (SDG)",
+            category="SDG/guidance",
+            description="Pulls towards the layout of a reference picture: things in the same places. "
+            "Use it where content guidance is too loose.",
+            inputs=[
+                noisy_clip_input(),
+                image_input("The picture whose layout to follow."),
+                scale_input(
+                    defaults.STRUCTURE_SCALE,
+                    "How strongly to follow the layout. Higher is closer to the reference; 0 is off, "
+                    "negative pushes away. Usual: 300 to 3000.",
+                ),
+                layers_input(
+                    defaults.STRUCTURE_LAYERS,
+                    "Feature maps to compare, from 1, separated by commas. "
+                    "Shallow ones fix strokes and colours, deep ones parts and layout. Usual: 3 or 4.",
+                ),
+                *interval_inputs(),
+            ],
+            outputs=[guidance_output()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        noisy_clip: ModelPatcher,
+        image: Tensor,
+        scale: float,
+        layers: str,
+        start_percent: float,
+        end_percent: float,
+    ) -> io.NodeOutput:
+        guidance = StructureGuidance(to_references(image), check_layers(to_layers(layers), noisy_clip.model))
+        return one(noisy_clip, guidance, scale, start_percent, end_percent)
+
+
+class SDGStyleGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SDGStyleGuidance",
+            display_name="Style Guidance (SDG)",
+            category="SDG/guidance",
+            description="Pulls towards the style of a reference picture: strokes, texture and palette, whatever it shows.",
+            inputs=[
+                noisy_clip_input(),
+                image_input("The picture whose style to follow."),
+                scale_input(
+                    defaults.STYLE_SCALE,
+                    "How strongly to follow the style. Higher is closer to the reference; 0 is off, "
+                    "negative pushes away. Usual: 1000 to 10000.",
+                ),
+                layers_input(
+                    defaults.STYLE_LAYERS,
+                    "Feature maps to compare, from 1, separated by commas. "
+                    "Shallow ones carry strokes and palette, deep ones parts. Usual: 4,5.",
+                ),
+                *interval_inputs(),
+                io.Boolean.Input(
+                    "centred",
+                    default=True,
+                    tooltip="Leave out each feature's mean: less of the reference's layout and palette comes along. "
+                    "Off: the paper's Gram matrix.",
+                ),
+            ],
+            outputs=[guidance_output()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        noisy_clip: ModelPatcher,
+        image: Tensor,
+        scale: float,
+        layers: str,
+        start_percent: float,
+        end_percent: float,
+        centred: bool,
+    ) -> io.NodeOutput:
+        guidance = StyleGuidance(to_references(image), check_layers(to_layers(layers), noisy_clip.model), centred)
+        return one(noisy_clip, guidance, scale, start_percent, end_percent)
+
+
+class SDGCombineGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SDGCombineGuidance",
+            display_name="Combine Guidance (SDG)",
+            category="SDG/guidance",
+            description="Adds guidances up, each with a weight: text and pictures pull at once. Chain it for more than four.",
+            inputs=[part for number in range(1, COMBINED + 1) for part in cls.pair(number)],
+            outputs=[guidance_output()],
+        )
+
+    @classmethod
+    def pair(cls, number: int) -> list[io.Input]:
+        return [
+            GuidanceSocket.Input(
+                f"guidance_{number}",
+                optional=True,
+                tooltip="Any guidance, also one that is combined already. Empty ones are left out.",
+            ),
+            io.Float.Input(
+                f"weight_{number}",
+                default=1.0,
+                min=-100.0,
+                max=100.0,
+                step=0.05,
+                round=0.001,
+                optional=True,
+                tooltip=f"Multiplies the scale of guidance {number}. 1 keeps it, 0 turns it off, negative pushes away. Usual: 0.5 to 2.",
+            ),
+        ]
+
+    @classmethod
+    def execute(
+        cls,
+        guidance_1: host.HostGuidance | None = None,
+        weight_1: float = 1.0,
+        guidance_2: host.HostGuidance | None = None,
+        weight_2: float = 1.0,
+        guidance_3: host.HostGuidance | None = None,
+        weight_3: float = 1.0,
+        guidance_4: host.HostGuidance | None = None,
+        weight_4: float = 1.0,
+    ) -> io.NodeOutput:
+        pairs = [(guidance_1, weight_1), (guidance_2, weight_2), (guidance_3, weight_3), (guidance_4, weight_4)]
+        parts = [(guidance, weight) for guidance, weight in pairs if guidance is not None]
+        if not parts:
+            raise ValueError("Nothing to combine: all guidance inputs are empty. Connect at least one guidance.")
+        patchers = {id(patcher): patcher for guidance, _ in parts for patcher in guidance.patchers}
+        terms = combine([(guidance.terms, weight) for guidance, weight in parts])
+        return io.NodeOutput(host.HostGuidance(terms, tuple(patchers.values())))

@@ -1,0 +1,41 @@
+"""What comes in through sockets and widgets, checked and converted once, where it enters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_references(image: Tensor) -> Tensor:
+    """IMAGE (B, H, W, 3) in 0..1 -> references (B, 3, H, W) in -1..1, float32. Raises ValueError for other shapes."""
+    shape = tuple(getattr(image, "shape", ()))
+    if len(shape) == 4 and shape[3] == 4:
+        raise ValueError(
+            f"Got a picture with an alpha channel, shape {shape}; wanted red, green and blue only, (batch, height, "
+            "width, 3). Take the alpha channel off first, for example with Split Image with Alpha."
+        )
+    if len(shape) != 4 or shape[3] != 3 or 0 in shape:
+        raise ValueError(
+            f"Got a picture of shape {shape}; wanted (batch, height, width, 3). Connect an IMAGE, as Load Image gives it."
+        )
+    return (image.to(torch.float32) * 2 - 1).clamp(-1, 1).movedim(-1, 1).contiguous()
+
+
+def to_prompt(text: str) -> str:
+    """The text without blank ends. Raises ValueError where nothing is left."""
+    if not text.strip():
+        raise ValueError("Got an empty text; wanted a description of the picture. Write one, or take this node out.")
+    return text.strip()
+
+
+def to_layers(layers: str) -> tuple[int, ...]:
+    """ "3, 4" -> (3, 4), each layer once, in order. Raises ValueError for anything but numbers and commas."""
+    try:
+        numbers = sorted({int(part) for part in layers.split(",") if part.strip()})
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise ValueError(
+            f'Got the layers "{layers}"; wanted whole numbers from 1 up, separated by commas. Write for example 4 or 3,4.'
+        )
+    return tuple(numbers)
