@@ -111,13 +111,20 @@ def guidance_shift(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRu
 
 
 def guidance_gradient(x_t: Tensor, sigma: Tensor, weights: Tensor, run: GuidanceRun) -> tuple[Tensor, Tensor]:
-    """grad_{x_t} F (B, 3, H, W) and the scores (K, B). SNR matching brings x_t to each encoder's own scaling."""
+    """grad_{x_t} F (B, 3, H, W) and the scores (K, B). SNR matching brings x_t to each encoder's own scaling.
+
+    A batch at several noise levels is taken level by level, because references are looked at at one level at a time.
+    """
     grad = torch.zeros_like(x_t, dtype=torch.float32)
     scores = torch.zeros_like(weights)
+    if bool((sigma != sigma[0]).any()):
+        for level in sigma.unique():
+            at = sigma == level
+            grad[at], scores[:, at] = guidance_gradient(x_t[at], sigma[at], weights[:, at], run)
+        return grad, scores
     for encoder, members in _by_encoder(run.terms, weights):
         ratio, norm = encoder_noise(encoder, x_t, sigma, run.convention)
-        t = encoder.table.timestep(ratio)
-        t = t[:1] if bool((t == t[0]).all()) else t
+        t = encoder.table.timestep(ratio[:1])
         targets = [_target(run, k, encoder, x_t, ratio) for k in members]
         terms = [run.terms[k] for k in members]
         u = x_t.float() / expand(norm, x_t)
