@@ -192,7 +192,9 @@ def test_fit_leaves_a_picture_of_the_right_size(draw):
     assert fit(image, 8, 8) is image
 
 
-@pytest.mark.parametrize(("source", "target"), [((8, 16), (8, 8)), ((16, 8), (8, 8)), ((8, 8), (4, 8)), ((9, 12), (9, 6))])
+@pytest.mark.parametrize(
+    ("source", "target"), [((8, 16), (8, 8)), ((16, 8), (8, 8)), ((8, 8), (4, 8)), ((9, 12), (9, 6))]
+)
 def test_fit_cuts_the_middle_out(source, target, draw):
     image = draw(2, 3, *source).clamp(-1, 1)
     top, left = ((s - t) // 2 for s, t in zip(source, target, strict=True))

@@ -167,7 +167,8 @@ def test_modulation_is_a_scale_and_a_shift_after_each_norm(draw):
 
 @pytest.mark.parametrize("t", [[250.0], [250.0, 750.0]])
 def test_gradients_in_inference_mode_equal_those_outside(kind, t, draw):
-    image, x, t, weights = draw(1, 3, 32, 32).clamp(-1, 1), draw(2, 3, 32, 32, seed=1), torch.tensor(t), torch.ones(2, 2)
+    image, x = draw(1, 3, 32, 32).clamp(-1, 1), draw(2, 3, 32, 32, seed=1)
+    t, weights = torch.tensor(t), torch.ones(2, 2)
 
     def gradient() -> Tensor:
         model = make_noisy(kind)
