@@ -23,7 +23,7 @@ BUNDLED = Path(__file__).parent / "avatars"
 TOKEN_IDS = "text.token_ids"
 """Tensor name: ids of the token embeddings kept in a file; row 0 of the table stands for all others."""
 
-KINDS = {"adm": "ADM diffusion model", "noisy_clip": "noisy CLIP", "judge": "attribute judge"}
+KINDS = {"adm": "ADM diffusion model", "noisy_clip": "noisy CLIP", "judge": "attribute judge", "clip": "CLIP"}
 
 
 def save(path: Path, kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor], half: bool = True) -> None:

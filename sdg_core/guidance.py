@@ -19,6 +19,9 @@ from .features import Features, gram, squared_distance, squared_size
 from .noisy_clip import unit
 from .schedule import TimestepTable
 
+DEFAULT_SCALE = {"text": 150.0, "content": 200.0, "structure": 1000.0, "style": 3000.0}
+"""Scales that the bundled models were measured at, by kind of guidance."""
+
 
 class Encoder(Protocol):
     """What guidance needs of an encoder (``NoisyCLIP`` is one). See there for the contracts."""

@@ -69,6 +69,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=192_000)
+    parser.add_argument("--images", type=int, default=128_000)
     args = parser.parse_args()
     spawn(lambda rank, n: job(rank, n, args.data, args.out, args.images), 1)

@@ -1,0 +1,29 @@
+# make demo: a guided grid with the bundled models.  make test: every test that can run here.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+HOST := $(or $(COMFYUI_PATH),$(HOME)/comfy/ComfyUI)
+
+.PHONY: demo test evaluate setup
+
+demo: $(VENV)/.demo
+	$(RUN) -m sdg_core demo --out demo.png
+
+test: $(VENV)/.test
+	$(RUN) tests/run.py
+
+evaluate: $(VENV)/.demo
+	$(RUN) -m sdg_core evaluate
+
+# One CPU build of torch and torchvision that fit each other; the package itself pins neither.
+$(VENV)/.demo: pyproject.toml tests/constraints.txt
+	[ -x $(RUN) ] || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --constraint tests/constraints.txt --editable .
+	touch $@
+
+# With a ComfyUI at hand its requirements come along, so that the host tests run in this environment.
+$(VENV)/.test: $(VENV)/.demo pyproject.toml tests/constraints.txt
+	$(RUN) -m pip install --quiet --constraint tests/constraints.txt --editable ".[test]"
+	[ ! -f "$(HOST)/requirements.txt" ] || $(RUN) -m pip install --quiet --constraint tests/constraints.txt --requirement "$(HOST)/requirements.txt"
+	touch $@

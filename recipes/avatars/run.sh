@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Renders, trains and exports the bundled world from nothing: `bash run.sh [work folder]`. Every step resumes.
+# Needs the project's .venv with the recipe's extra (`pip install resvg-py`), and Node for DiceBear.
+set -eu
+cd "$(dirname "$0")"
+work=${1:-work}
+python=../../.venv/bin/python
+[ -d node_modules ] || npm install
+[ -f "$work/data/train.npz" ] || $python data.py --out "$work/data"
+$python train_clip.py --data "$work/data" --out "$work/run"
+$python train_noisy_clip.py --data "$work/data" --out "$work/run"
+$python train_judge.py --data "$work/data" --out "$work/run"
+$python train_adm.py --data "$work/data" --out "$work/run" --compile
+$python export.py --data "$work/data" --out "$work/run"

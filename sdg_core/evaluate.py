@@ -1,0 +1,352 @@
+"""The measured quality of guidance on the bundled world, judged by a classifier that shares no weights with the CLIP.
+
+Every guided picture has an unguided twin from the same seed. Each suite is a list of jobs (pulls, seeds) and a function
+from the pictures to rows, so that jobs can run in several processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+
+import torch
+from torch import Tensor
+
+from .guidance import DEFAULT_SCALE
+from .guide import Strength
+from .metrics import gram_distance, histogram_overlap, layout_correlation, nearest, spread
+from .world import Kind, Pull, Sampler, World, load_world, sample, seeded_noise
+
+STYLE_WORDS = {
+    "ink": "ink drawing",
+    "pixel": "pixel art",
+    "sketch": "sketch",
+    "blob": "blob",
+    "flat": "flat cartoon",
+    "grin": "grinning cartoon",
+    "toon": "toon",
+    "icon": "icon",
+}
+ATTRIBUTES = ("background", "hair", "glasses", "hat", "style")
+JUDGE_BAR = 0.9  # an attribute is scored only where the judge is right this often on held-out renders
+REFERENCES = 64
+CHUNK = 16  # pictures sampled together
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: over n samples, guided and unguided from the same seeds, and the value it should reach."""
+
+    name: str
+    n: int
+    value: float
+    unguided: float
+    bar: float | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """Pictures to sample: the same pulls for every seed."""
+
+    pulls: tuple[Pull, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the suite samples. ``samples`` is n of a row."""
+
+    samples: int = 256
+    steps: int = 50
+    sampler: Sampler = "euler_ancestral"
+    strength: Strength = Strength()
+    processes: int = 0  # 0: one per core
+
+
+def prompt(wish: Mapping[str, object]) -> str:
+    """The shortest prompt for some attributes: {"hair": "pink", "hat": True} -> "a person with pink hair and a hat"."""
+    things = {"glasses": "glasses", "hat": "a hat", "beard": "a beard"}
+    subject = STYLE_WORDS[str(wish["style"])] if "style" in wish else "a person"
+    parts = [things.get(name, f"{value} {name}") for name, value in wish.items() if name != "style"]
+    return subject + (" with " + " and ".join(parts) if parts else "")
+
+
+def scored_values(world: World, name: str) -> list[int]:
+    """Indices of an attribute's values that a prompt can ask for: all, or only True for what is there or not."""
+    values = world.judge.attributes[name]
+    return [1] if values == (False, True) else list(range(len(values)))
+
+
+def judge_accuracy(world: World) -> dict[str, float]:
+    """Share of held-out renders showing an attribute where the judge is right."""
+    verdict = world.judge.verdict(world.renders)
+    result = {}
+    for column, name in enumerate(world.judge.attributes):
+        truth = world.labels[:, column]
+        result[name] = float((verdict[name] == truth)[truth >= 0].float().mean())
+    return result
+
+
+# --- sampling, in one process or several -------------------------------------------------------------------------
+
+_WORLD: World | None = None
+
+
+def _worker() -> None:
+    global _WORLD
+    torch.set_num_threads(1)
+    _WORLD = load_world()
+
+
+def _run(job: Job, settings: Settings) -> Tensor:
+    world = _WORLD or load_world()
+    noise = seeded_noise(job.seeds, world.denoiser.unet.config.image_size)
+    return sample(
+        world, job.pulls, noise, steps=settings.steps, sampler=settings.sampler, strength=settings.strength,
+        seed=job.seeds[0],
+    )  # fmt: skip
+
+
+def pictures(
+    pool: Executor, jobs: Sequence[Job], settings: Settings, progress: Callable[[int, int], None]
+) -> list[Tensor]:
+    """The pictures of every job, in order."""
+    done: list[Tensor] = []
+    for part in pool.map(_run, jobs, itertools.repeat(settings)):
+        done.append(part)
+        progress(len(done), len(jobs))
+    return done
+
+
+# --- suites ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Jobs, and the rows that their pictures and their unguided twins (both (N, 3, S, S), in job order) give."""
+
+    jobs: list[Job]
+    rows: Callable[[Tensor, Tensor], list[Row]]
+
+
+def spread_over(prompts: Sequence[tuple[Pull, ...]], samples: int) -> list[Job]:
+    """At least ``samples`` pictures, shared evenly by the prompts; seeds run on through all of them."""
+    each = -(-samples // len(prompts))
+    jobs, seed = [], 0
+    for pulls in prompts:
+        for start in range(0, each, CHUNK):
+            count = min(CHUNK, each - start)
+            jobs.append(Job(pulls, tuple(range(seed, seed + count))))
+            seed += count
+    return jobs
+
+
+def text_suite(world: World, wishes: list[dict[str, int]], samples: int, rows: Callable) -> Suite:
+    """Prompts that name the wished attributes; ``rows(hits, twin hits, pictures, twins, jobs)`` reads the outcome."""
+    values = world.judge.attributes
+    prompts = [(Pull("text", prompt({k: values[k][v] for k, v in wish.items()})),) for wish in wishes]
+    jobs = spread_over(prompts, samples)
+    by_prompt = {pulls[0].target: wish for pulls, wish in zip(prompts, wishes, strict=True)}
+    asked = [by_prompt[job.pulls[0].target] for job in jobs for _ in job.seeds]
+
+    def read(images: Tensor, twins: Tensor) -> list[Row]:
+        images, twins = images.clamp(-1, 1), twins.clamp(-1, 1)
+        return rows(hits(world, images, asked), hits(world, twins, asked), images, twins, jobs)
+
+    return Suite(jobs, read)
+
+
+def hits(world: World, images: Tensor, asked: Sequence[dict[str, int]]) -> Tensor:
+    """Whether the judge finds all that was asked for: (N,) of 0 and 1."""
+    verdict = world.judge.verdict(images)
+    return torch.tensor([float(all(verdict[k][i] == v for k, v in wish.items())) for i, wish in enumerate(asked)])
+
+
+def one_attribute(world: World, samples: int) -> list[Suite]:
+    """`text/<attribute>` for every attribute that the judge can judge, their mean, and what over-guidance would cost."""
+    fit = judge_accuracy(world)
+    names = [name for name in ATTRIBUTES if fit[name] >= JUDGE_BAR]
+    found: dict[str, tuple[Row, list[tuple[float, float]], float, float]] = {}
+
+    def collect(name: str) -> Callable[..., list[Row]]:
+        def rows(hit: Tensor, twin_hit: Tensor, images: Tensor, twins: Tensor, jobs: list[Job]) -> list[Row]:
+            row = Row(f"text/{name}", len(hit), float(hit.mean()), float(twin_hit.mean()), 0.9)
+            bank = world.judge.features(world.renders)
+            found[name] = (
+                row, spreads(world, images, twins, jobs),
+                float(nearest(world.judge.features(images), bank).mean()),
+                float(nearest(world.judge.features(twins), bank).mean()),
+            )  # fmt: skip
+            return [row] + (overall(list(found.values())) if name == names[-1] else [])
+
+        return rows
+
+    wishes = {name: [{name: v} for v in scored_values(world, name)] for name in names}
+    return [text_suite(world, wishes[name], samples, collect(name)) for name in names]
+
+
+def overall(found: list[tuple[Row, list[tuple[float, float]], float, float]]) -> list[Row]:
+    """Means over the attributes: accuracy, spread within a prompt over unguided, distance to the nearest render."""
+    n = sum(row.n for row, *_ in found)
+    value, unguided = (_mean([getattr(row, key) for row, *_ in found]) for key in ("value", "unguided"))
+    ratios = [_mean([a / b for a, b in pairs]) for _, pairs, _, _ in found]
+    near = _mean([a / b for _, _, a, b in found])
+    return [
+        Row("text/one attribute", n, value, unguided, 0.9),
+        Row("diversity", n, _mean(ratios), 1.0, 0.75),
+        Row("diversity/nearest render", n, near, 1.0, 1.12),
+    ]
+
+
+def spreads(world: World, images: Tensor, twins: Tensor, jobs: list[Job]) -> list[tuple[float, float]]:
+    """Spread of the judge's features within each prompt, guided and unguided from the same seeds."""
+    groups: dict[object, list[int]] = {}
+    position = 0
+    for job in jobs:
+        groups.setdefault(job.pulls[0].target, []).extend(range(position, position + len(job.seeds)))
+        position += len(job.seeds)
+    guided, plain = world.judge.features(images), world.judge.features(twins)
+    return [(spread(guided[rows]), spread(plain[rows])) for rows in groups.values() if len(rows) > 1]
+
+
+def two_attributes(world: World, samples: int) -> list[Suite]:
+    """`text/two attributes`: 32 joined prompts drawn with a fixed seed from all pairs of different attributes."""
+    names = [name for name in ATTRIBUTES if judge_accuracy(world)[name] >= JUDGE_BAR]
+    wishes = [
+        {a: v, b: w}
+        for a, b in itertools.combinations(names, 2)
+        for v in scored_values(world, a)
+        for w in scored_values(world, b)
+        if possible(world, {a: v, b: w})
+    ]
+    order = torch.randperm(len(wishes), generator=torch.Generator().manual_seed(0))[:32]
+
+    def rows(hit: Tensor, twin_hit: Tensor, *_: object) -> list[Row]:
+        return [Row("text/two attributes", len(hit), float(hit.mean()), float(twin_hit.mean()), 0.75)]
+
+    return [text_suite(world, [wishes[i] for i in order.tolist()], samples, rows)]
+
+
+def possible(world: World, wish: dict[str, int]) -> bool:
+    """Whether any held-out render shows the pair: a blob has no hair and a toon no glasses."""
+    columns = {name: i for i, name in enumerate(world.judge.attributes)}
+    found = torch.ones(len(world.labels), dtype=torch.bool)
+    for name, value in wish.items():
+        found &= world.labels[:, columns[name]] == value
+    return bool(found.any())
+
+
+def reference_suite(world: World, kind: Kind, samples: int, rows: Callable[[Tensor, Tensor, Tensor], list[Row]]) -> Suite:
+    """Pictures guided by held-out renders that show hair; ``rows(pictures, twins, references)``."""
+    hair = list(world.judge.attributes).index("hair")
+    usable = torch.nonzero(world.labels[:, hair] >= 0).flatten()[:REFERENCES]
+    prompts = [(Pull(kind, world.renders[i]),) for i in usable.tolist()]
+    jobs = spread_over(prompts, samples)
+    references = torch.cat([job.pulls[0].target[None].expand(len(job.seeds), -1, -1, -1) for job in jobs])
+    return Suite(jobs, lambda images, twins: rows(images.clamp(-1, 1), twins.clamp(-1, 1), references))
+
+
+def content(world: World, samples: int) -> list[Suite]:
+    def rows(images: Tensor, twins: Tensor, references: Tensor) -> list[Row]:
+        n = len(images)
+        return [
+            Row("content", n, *_agreement(world, "background", images, twins, references), 0.9),
+            Row("content/hair", n, *_agreement(world, "hair", images, twins, references), 0.8),
+            Row("content/layout", n, *_means(layout_correlation, images, twins, references), None),
+        ]
+
+    return [reference_suite(world, "content", samples, rows)]
+
+
+def structure(world: World, samples: int) -> list[Suite]:
+    def rows(images: Tensor, twins: Tensor, references: Tensor) -> list[Row]:
+        return [Row("structure", len(images), *_means(layout_correlation, images, twins, references), 0.8)]
+
+    return [reference_suite(world, "structure", samples, rows)]
+
+
+def style(world: World, samples: int) -> list[Suite]:
+    def rows(images: Tensor, twins: Tensor, references: Tensor) -> list[Row]:
+        n = len(images)
+        guided, plain = _means(lambda a, b: gram_distance(world.judge, a, b), images, twins, references)
+        return [
+            Row("style", n, guided / plain, 1.0, 1 / 3),
+            Row("style/histogram", n, *_means(histogram_overlap, images, twins, references), 0.55),
+            Row("style/drawing style", n, *_agreement(world, "style", images, twins, references), 0.55),
+            Row("style/layout", n, *_means(layout_correlation, images, twins, references), 0.4),
+        ]
+
+    return [reference_suite(world, "style", samples, rows)]
+
+
+def finite(world: World, samples: int) -> list[Suite]:
+    """`finite`: share of finite pictures with every kind of guidance at 1, 10 and 100 times its default scale."""
+    prompts = [
+        (Pull(kind, "a person with glasses" if kind == "text" else world.renders[0], scale * factor),)
+        for kind, scale in DEFAULT_SCALE.items()
+        for factor in (1, 10, 100)
+    ]
+
+    def rows(images: Tensor, twins: Tensor) -> list[Row]:
+        share, plain = (float(torch.isfinite(x).flatten(1).all(dim=1).float().mean()) for x in (images, twins))
+        return [Row("finite", len(images), share, plain, 1.0)]
+
+    return [Suite(spread_over(prompts, samples), rows)]
+
+
+SUITES: dict[str, Callable[[World, int], list[Suite]]] = {
+    "text": one_attribute,
+    "pairs": two_attributes,
+    "content": content,
+    "structure": structure,
+    "style": style,
+    "finite": finite,
+}
+
+
+def evaluate(
+    names: Sequence[str], settings: Settings, progress: Callable[[str, int, int], None] = lambda *_: None
+) -> list[Row]:
+    """Rows of the named suites, in their order."""
+    world = load_world()
+    processes = settings.processes or os.cpu_count() or 1
+    result: list[Row] = []
+    with ProcessPoolExecutor(processes, get_context("spawn"), _worker) as pool, torch.no_grad():
+        for name in names:
+            for suite in SUITES[name](world, settings.samples):
+                guided, plain = _with_twins(pool, suite.jobs, settings, functools.partial(progress, name))
+                result += suite.rows(guided, plain)
+    return result
+
+
+def _with_twins(
+    pool: Executor, jobs: Sequence[Job], settings: Settings, progress: Callable[[int, int], None]
+) -> tuple[Tensor, Tensor]:
+    """The pictures of the jobs, and unguided ones from the same seeds, both in job order."""
+    seeds = sorted({job.seeds for job in jobs})
+    made = pictures(pool, [*jobs, *(Job((), s) for s in seeds)], settings, progress)
+    twins = dict(zip(seeds, made[len(jobs) :], strict=True))
+    return torch.cat(made[: len(jobs)]), torch.cat([twins[job.seeds] for job in jobs])
+
+
+def as_json(rows: Sequence[Row]) -> dict[str, list[dict[str, object]]]:
+    """{"rows": [{"name", "n", "value", "unguided", "bar"}]}."""
+    return {"rows": [asdict(row) for row in rows]}
+
+
+def _agreement(world: World, name: str, images: Tensor, twins: Tensor, references: Tensor) -> tuple[float, float]:
+    wanted = world.judge.verdict(references)[name]
+    return tuple(float((world.judge.verdict(x)[name] == wanted).float().mean()) for x in (images, twins))  # type: ignore[return-value]
+
+
+def _means(measure: Callable[[Tensor, Tensor], Tensor], images: Tensor, twins: Tensor, references: Tensor):
+    return tuple(float(measure(x, references).mean()) for x in (images, twins))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
