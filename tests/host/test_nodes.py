@@ -1,0 +1,183 @@
+"""What the nodes say: their schemas, their help, and their errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+BLANK = [[None, {}]]
+WHOLE = {"start_percent": 0.0, "end_percent": 1.0}
+IDS = {
+    "SDGLoadNoisyCLIP", "SDGLoadADM", "SDGEmptyPixelLatent", "SDGTextGuidance", "SDGContentGuidance",
+    "SDGStructureGuidance", "SDGStyleGuidance", "SDGCombineGuidance", "SDGGuidedKSampler", "SDGApplyGuidance",
+    "SDGPaperSampler",
+}  # fmt: skip
+
+
+def test_node_ids_are_the_ones_workflows_use(pack):
+    assert set(pack.nodes) == IDS
+
+
+@pytest.mark.parametrize("node_id", sorted(IDS))
+def test_every_node_explains_itself(pack, node_id):
+    schema = pack.nodes[node_id].GET_SCHEMA()
+    assert schema.description
+    assert schema.display_name.endswith("(SDG)")
+    assert schema.category in ("SDG/loaders", "SDG/guidance", "SDG/sampling")
+    assert (ROOT / f"web/docs/{node_id}.md").read_text().startswith("# ")
+    for part in (*schema.inputs, *schema.outputs):
+        assert part.tooltip, part.id
+        assert len(part.tooltip.split()) <= 25, part.tooltip
+
+
+def test_guided_ksampler_has_ksamplers_inputs_with_their_defaults(comfy, pack):
+    host = comfy.nodes.KSampler.INPUT_TYPES()["required"]
+    ours = {part.id: part for part in pack.nodes["SDGGuidedKSampler"].GET_SCHEMA().inputs}
+    for name, (kind, *options) in host.items():
+        assert name in ours
+        if options and "default" in options[0] and kind in ("INT", "FLOAT"):
+            mine = ours[name].as_dict()
+            assert {k: mine[k] for k in ("default", "min", "max")} == {k: options[0][k] for k in ("default", "min", "max")}
+
+
+def wrong(run, message, node_id, **inputs):
+    with pytest.raises(ValueError, match=message):
+        run(node_id, **inputs)
+
+
+def test_wrong_guidance_inputs_are_explained(run, noisy_clip):
+    image = torch.rand(1, 16, 16, 3)
+    text = {"noisy_clip": noisy_clip, "scale": 1.0, **WHOLE}
+    wrong(run, "empty text", "SDGTextGuidance", **text, text="  \n")
+    wrong(run, "start below end", "SDGTextGuidance", **text | {"start_percent": 0.5, "end_percent": 0.5}, text="a")
+    wrong(run, "alpha channel", "SDGContentGuidance", **text, image=torch.rand(1, 16, 16, 4))
+    wrong(run, r"batch, height, width, 3", "SDGContentGuidance", **text, image=torch.rand(16, 16, 3))
+    wrong(run, r"batch, height, width, 3", "SDGContentGuidance", **text, image=torch.rand(1, 3, 16, 16))
+    wrong(run, "separated by commas", "SDGStructureGuidance", **text, image=image, layers="deep")
+    wrong(run, "separated by commas", "SDGStructureGuidance", **text, image=image, layers=" , ")
+    wrong(run, r"one or more of 1..5", "SDGStyleGuidance", **text, image=image, layers="4,6", centred=True)
+    wrong(run, "at least one", "SDGCombineGuidance")
+
+
+def test_images_become_references_once(pack):
+    image = torch.tensor([0.0, 0.5, 1.0]).expand(1, 4, 5, 3)
+    out = pack.inputs.to_references(image)
+    assert out.shape == (1, 3, 4, 5)
+    assert out[0, :, 0, 0].tolist() == [-1, 0, 1]
+
+
+def test_wrong_files_are_explained(run, models_folder, tmp_path_factory):
+    (models_folder / "adm/noise.safetensors").write_bytes(b"not a file")
+    (models_folder / "adm/clip.safetensors").write_bytes((models_folder / "noisy_clip/random.safetensors").read_bytes())
+    torch.save({"a": torch.zeros(1)}, models_folder / "adm/other.pt")
+    wrong(run, "no file gone", "SDGLoadADM", adm_name="gone.safetensors")
+    wrong(run, "not a readable safetensors", "SDGLoadADM", adm_name="noise.safetensors")
+    wrong(run, "noisy CLIP; wanted", "SDGLoadADM", adm_name="clip.safetensors")
+    wrong(run, "Not a guided-diffusion checkpoint", "SDGLoadADM", adm_name="other.pt")
+
+
+def test_loaders_notice_a_changed_file(pack, models_folder):
+    import os
+
+    node, path = pack.nodes["SDGLoadADM"], models_folder / "adm/random.safetensors"
+    before = node.fingerprint_inputs(adm_name="random.safetensors")
+    assert node.fingerprint_inputs(adm_name="random.safetensors") == before
+    os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 1))
+    assert node.fingerprint_inputs(adm_name="random.safetensors") != before
+
+
+def sampled(run, model, guidance, latent, **changes):
+    inputs = {
+        "seed": 0, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
+        "strength": "absolute", "cap": 1.0, "positive": BLANK, "negative": BLANK,
+    }  # fmt: skip
+    return run("SDGGuidedKSampler", model=model, guidance=guidance, latent_image={"samples": latent}, **(inputs | changes))
+
+
+@pytest.fixture(scope="module")
+def text(run, noisy_clip):
+    return run("SDGTextGuidance", noisy_clip=noisy_clip, text="a", scale=9.0, **WHOLE)
+
+
+@pytest.fixture
+def other_model(comfy, adm):
+    """The ADM passed off as a model with another latent format or another kind of sampling."""
+
+    def build(channels=3, kind=None):
+        model = adm.clone()
+        latent = type("Latent", (type(adm.model.latent_format),), {"latent_channels": channels})()
+        model.add_object_patch("latent_format", latent)
+        if kind:
+            sampling = type("Sampling", (comfy.model_sampling.ModelSamplingDiscreteFlow, getattr(comfy.model_sampling, kind)), {})
+            model.add_object_patch("model_sampling", sampling())
+        return model
+
+    return build
+
+
+def test_models_that_cannot_be_guided_are_refused(run, adm, other_model, text):
+    latent = torch.zeros(1, 3, 16, 16)
+    with pytest.raises(ValueError, match="latent space of 4 channels"):
+        sampled(run, other_model(channels=4), text, latent)
+    with pytest.raises(ValueError, match="without noise"):
+        sampled(run, other_model(kind="IMG_TO_IMG"), text, latent)
+    wrong(run, "cap is 0", "SDGApplyGuidance", model=adm, guidance=text, strength="relative", cap=0.0)
+
+
+def test_sizes_and_shapes_that_do_not_fit_are_refused(run, adm, text):
+    with pytest.raises(ValueError, match="multiples of 4"):
+        sampled(run, adm, None, torch.zeros(1, 3, 18, 16))
+    with pytest.raises(ValueError, match=r"\(batch, 3, height, width\)"):
+        sampled(run, adm, text, torch.zeros(1, 3, 1, 16, 16))
+
+
+def test_conditional_models_want_their_prompts(comfy, pack, adm):
+    class Conditional:
+        model = object()
+
+    with pytest.raises(ValueError, match="negative is not connected"):
+        pack.host.conditioning(Conditional(), BLANK, None, 4.0)
+    conds = pack.host.conditioning(adm, None, None, 4.0)
+    assert (conds.positive, conds.negative, conds.cfg) == (BLANK, BLANK, 1.0)
+
+
+def test_paper_sampler_refuses_flow_models(comfy, run, other_model):
+    sampler = run("SDGPaperSampler", guidance=None)
+    latent = torch.zeros(1, 3, 16, 16)
+    with pytest.raises(ValueError, match="flow model"), torch.inference_mode():
+        comfy.sample.sample_custom(
+            other_model(kind="CONST"), latent, 1.0, sampler, torch.tensor([0.9, 0.5, 0.0]), BLANK, BLANK, latent,
+            disable_pbar=True, seed=0,
+        )  # fmt: skip
+
+
+def test_pixel_latent_decodes_to_itself(comfy, run):
+    """The host's pixel_space VAE is all that is needed to see a pixel latent."""
+    vae = comfy.nodes.VAELoader().load_vae("pixel_space")[0]
+    latent = torch.rand(2, 3, 16, 24) * 2 - 1
+    with torch.inference_mode():
+        image = vae.decode(latent)
+    assert image.shape == (2, 16, 24, 3)
+    assert torch.allclose(image.movedim(-1, 1) * 2 - 1, latent, atol=1e-5)
+
+
+def test_empty_pixel_latent_has_one_cell_for_each_pixel(run):
+    latent = run("SDGEmptyPixelLatent", width=48, height=32, batch_size=3)
+    assert latent["samples"].shape == (3, 3, 32, 48)
+
+
+def test_core_is_free_of_the_host():
+    banned = ("comfy", "folder_paths", "nodes")
+    for path in (ROOT / "sdg_core").glob("*.py"):
+        for line in path.read_text().splitlines():
+            words = line.split()
+            assert not (words[:1] in (["import"], ["from"]) and words[1].split(".")[0] in banned), (path.name, line)
+
+
+def test_examples_are_json():
+    for path in (ROOT / "example_workflows").glob("*.json"):
+        assert json.loads(path.read_text())["nodes"]
