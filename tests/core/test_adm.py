@@ -248,13 +248,13 @@ def test_config_is_recovered_from_a_state_dict(config):
 
 
 def test_foreign_state_dict_is_refused():
-    with pytest.raises(ValueError, match="Not a guided-diffusion checkpoint.*Wanted"):
+    with pytest.raises(ValueError, match=r"Not a guided-diffusion checkpoint.*Wanted"):
         ADMConfig.from_state_dict({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)})
 
 
 def test_class_conditional_checkpoint_is_refused():
     state = {**random_unet(SMALL).state_dict(), "label_emb.weight": torch.zeros(1000, 128)}
-    with pytest.raises(ValueError, match="class-conditional.*unconditional"):
+    with pytest.raises(ValueError, match=r"class-conditional.*unconditional"):
         ADMConfig.from_state_dict(state)
 
 

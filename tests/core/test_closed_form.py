@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def chain(lines: list[tuple[float, float, float]], mean: float, variance: float)
 
 
 def assert_reaches(x: Tensor, lines: list[tuple[float, float, float]], start: float) -> None:
-    """The samples have the moments of the discretised chain (to five standard errors), and those are the posterior's."""
+    """The samples have the moments of the discretised chain (to five standard errors), near the posterior's."""
     mean, std = chain(lines, 0.0, start)
     assert float(x.mean()) == pytest.approx(mean, abs=5 * std / math.sqrt(x.numel()))
     assert float(x.std()) == pytest.approx(std, abs=5 * std / math.sqrt(2 * x.numel()))
@@ -158,7 +159,7 @@ def test_papers_sampler_reaches_the_posterior(sigmas, draw):
     """
     abar = [1 / (1 + s**2) for s in sigmas.double().tolist()]
     lines = []
-    for now, after in zip(abar[:-1], abar[1:], strict=True):
+    for now, after in pairwise(abar):
         beta = 1 - now / after
         pull = beta * math.sqrt(now) / (1 - now + TAU**2)
         noise = math.sqrt(beta) if after < 1 else 0.0

@@ -251,14 +251,14 @@ def test_text_embeddings_are_open_clips_own_and_normalised():
 
 def test_without_a_text_tower_text_is_refused_and_images_work(draw):
     model = make_noisy("vit", has_text=False)
-    with pytest.raises(ValueError, match="no text tower.*content, structure or style"):
+    with pytest.raises(ValueError, match=r"no text tower.*content, structure or style"):
         model.encode_text(["a red circle"])
     wanted = make_noisy("vit")(draw(1, 3, 32, 32), torch.tensor([3.0]), 6).embed
     assert torch.equal(model(draw(1, 3, 32, 32), torch.tensor([3.0]), 6).embed, wanted)
 
 
 def test_unknown_towers_are_refused():
-    with pytest.raises(ValueError, match="kind Linear.*ModifiedResNet or VisionTransformer"):
+    with pytest.raises(ValueError, match=r"kind Linear.*ModifiedResNet or VisionTransformer"):
         open_tower(nn.Linear(1, 1))
 
 

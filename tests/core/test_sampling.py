@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -167,7 +168,7 @@ def ddim(noise: Tensor, eta: float, random: torch.Generator) -> Tensor:
     """Song et al. 2021, eq. 12, in VP scaling and float64, over ``TIMESTEPS``."""
     abar = [*(1 / (1 + float(s) ** 2) for s in SIGMAS[:-1]), 1.0]
     u = noise.double()
-    for now, after in zip(abar[:-1], abar[1:], strict=True):
+    for now, after in pairwise(abar):
         x_0 = curved(u / math.sqrt(now), torch.tensor([math.sqrt(1 / now - 1)], dtype=torch.float64))
         eps = (u - math.sqrt(now) * x_0) / math.sqrt(1 - now)
         spread = eta * math.sqrt((1 - after) / (1 - now)) * math.sqrt(1 - now / after)

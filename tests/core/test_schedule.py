@@ -80,13 +80,11 @@ def test_cosine_betas_are_ratios_of_a_squared_cosine_at_most_0_999():
 
 
 def test_unknown_schedule_is_refused_by_name():
-    with pytest.raises(ValueError, match='"quadratic".*"linear" or "cosine"'):
+    with pytest.raises(ValueError, match=r'"quadratic".*"linear" or "cosine"'):
         betas("quadratic")
 
 
-@pytest.mark.parametrize(
-    ("convention", "alpha"), [(Convention.VE, 1.0), (Convention.FLOW, 0.4), (Convention.VP, 0.8)]
-)
+@pytest.mark.parametrize(("convention", "alpha"), [(Convention.VE, 1.0), (Convention.FLOW, 0.4), (Convention.VP, 0.8)])
 def test_convention_gives_the_signal_scale(convention, alpha):
     assert float(convention.alpha(torch.tensor(0.6))) == pytest.approx(alpha)
 
