@@ -30,7 +30,7 @@ def strength_inputs() -> list[io.Input]:
             step=0.05,
             round=0.001,
             tooltip="On by default: the shift's RMS is at most cap times the model's own step. "
-            "Lower is gentler, 0 is no cap. Usual: 0.5 to 1.",
+            "0 is no cap. Usual: 0.5 to 1.",
         ),
     ]
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .checkpoint import BUNDLED
 from .demo import draw_demo
 from .evaluate import SUITES, Row, Settings, as_json, evaluate
 from .guide import Strength
@@ -41,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("sample", help="guided pictures from the bundled models")
     for kind in ("text", "content", "structure", "style"):
         what = "PROMPT" if kind == "text" else "IMAGE"
-        one.add_argument(f"--{kind}", action="append", default=[], metavar=what, help=f"pull towards this; repeatable")
+        one.add_argument(f"--{kind}", action="append", default=[], metavar=what, help="pull towards this; repeatable")
         one.add_argument(f"--{kind}-scale", type=float, help="default: the scale measured for this kind")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--count", type=int, default=4, help="pictures in the batch")
@@ -59,20 +60,23 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--processes", type=int, default=0, help="0: one per core")
     check.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     check.set_defaults(run=run_evaluate)
+    for command in (demo, one, check):
+        command.add_argument("--models", type=Path, default=BUNDLED, help="folder of the models; default: the bundled ones")
     return top
 
 
 def run_demo(args: argparse.Namespace) -> None:
     """`sdg demo`: the grid, with progress, and where it is."""
+    world = load_world(args.models)
     with tqdm(desc="Drawing", unit="step") as bar:
-        picture = draw_demo(load_world(), args.steps, lambda done, total: _advance(bar, done, total))
+        picture = draw_demo(world, args.steps, lambda done, total: _advance(bar, done, total))
     picture.save(args.out)
     print(f"Wrote {args.out.resolve()}")
 
 
 def run_sample(args: argparse.Namespace) -> None:
     """`sdg sample`: a row of pictures, as large as the model draws them."""
-    world = load_world()
+    world = load_world(args.models)
     pulls = [Pull("text", text, args.text_scale) for text in args.text]
     for kind in ("content", "structure", "style"):
         scale = getattr(args, f"{kind}_scale")
@@ -91,7 +95,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     """`sdg evaluate`: a table, or one JSON object."""
     chosen = args.suite or ["all"]
     names = list(SUITES) if "all" in chosen else chosen
-    settings = Settings(args.samples, args.steps, args.sampler, processes=args.processes)
+    settings = Settings(args.samples, args.steps, args.sampler, processes=args.processes, models=args.models)
     with tqdm(unit="batch", file=sys.stderr) as bar:
         rows = evaluate(names, settings, lambda name, done, total: _advance(bar, done, total, name))
     print(json.dumps(as_json(rows), indent=2) if args.json else table(rows))

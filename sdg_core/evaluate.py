@@ -13,10 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .checkpoint import BUNDLED
 from .guidance import DEFAULT_SCALE
 from .guide import Strength
 from .metrics import gram_distance, histogram_overlap, layout_correlation, nearest, spread
@@ -66,6 +68,7 @@ class Settings:
     sampler: Sampler = "euler_ancestral"
     strength: Strength = Strength()
     processes: int = 0  # 0: one per core
+    models: Path = BUNDLED
 
 
 def prompt(wish: Mapping[str, object]) -> str:
@@ -97,14 +100,15 @@ def judge_accuracy(world: World) -> dict[str, float]:
 _WORLD: World | None = None
 
 
-def _worker() -> None:
+def _worker(models: Path) -> None:
     global _WORLD
     torch.set_num_threads(1)
-    _WORLD = load_world()
+    _WORLD = load_world(models)
 
 
 def _run(job: Job, settings: Settings) -> Tensor:
-    world = _WORLD or load_world()
+    world = _WORLD
+    assert world is not None
     noise = seeded_noise(job.seeds, world.denoiser.unet.config.image_size)
     return sample(
         world, job.pulls, noise, steps=settings.steps, sampler=settings.sampler, strength=settings.strength,
@@ -313,10 +317,11 @@ def evaluate(
     names: Sequence[str], settings: Settings, progress: Callable[[str, int, int], None] = lambda *_: None
 ) -> list[Row]:
     """Rows of the named suites, in their order."""
-    world = load_world()
+    world = load_world(settings.models)
     processes = settings.processes or os.cpu_count() or 1
     result: list[Row] = []
-    with ProcessPoolExecutor(processes, get_context("spawn"), _worker) as pool, torch.no_grad():
+    workers = ProcessPoolExecutor(processes, get_context("spawn"), _worker, (settings.models,))
+    with workers as pool, torch.no_grad():
         for name in names:
             for suite in SUITES[name](world, settings.samples):
                 guided, plain = _with_twins(pool, suite.jobs, settings, functools.partial(progress, name))

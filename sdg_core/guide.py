@@ -71,12 +71,12 @@ class GuidanceRun:
 
     def weights(self, sigma: Tensor) -> Tensor:
         """Scale of every term at sigma (B,): (K, B), 0 outside its interval and where x_t holds no signal."""
-        rows = []
-        for term in self.terms:
-            start, end = self.percent_to_sigma(term.start), self.percent_to_sigma(term.end)
-            rows.append(term.scale * ((sigma <= start) & (sigma > end)))
         readable = self.convention.alpha(sigma) > MIN_ALPHA
-        return torch.stack(rows).float() * readable
+        weights = torch.zeros(len(self.terms), len(sigma), device=sigma.device)
+        for row, term in zip(weights, self.terms, strict=True):
+            start, end = self.percent_to_sigma(term.start), self.percent_to_sigma(term.end)
+            row.copy_(term.scale * (readable & (sigma <= start) & (sigma > end)))
+        return weights
 
 
 def guide(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Tensor:
@@ -93,8 +93,6 @@ def guide(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Ten
 
 def guidance_shift(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Tensor | None:
     """What ``guide`` adds, float32, or None where there is nothing to add."""
-    if not run.terms:
-        return None
     sigma = sigma.float().expand(len(x_t))
     weights = run.weights(sigma)
     if not bool((weights != 0).any()):

@@ -83,6 +83,8 @@ def save_renders(path: Path, images: np.ndarray, labels: np.ndarray, columns: in
 
 def load_renders(path: Path) -> tuple[Tensor, Tensor]:
     """The sheet of ``save_renders``: pictures (N, 3, S, S) in -1..1 and labels (N, A)."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}. Wanted: the sheet of renders that comes with the models.")
     with Image.open(path) as file:
         note = json.loads(file.text["labels"])
         sheet = torch.from_numpy(np.asarray(file.convert("RGB")).copy())

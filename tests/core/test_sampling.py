@@ -144,6 +144,15 @@ def test_paper_shifts_the_mean_by_sigma_times_the_gradient(tiny_encoder, draw):
     assert float((got - free).abs().max()) > 0.05
 
 
+def test_paper_with_a_run_that_pulls_nowhere_is_unguided(tiny_encoder, draw):
+    idle = Term(TextGuidance(draw(1, 5)), tiny_encoder(), 0.0)
+    x, results = initial(draw(2, 3, 8, 8), SIGMAS[0]), []
+    for run in (None, *(GuidanceRun(terms, Convention.VE, percent_to_sigma(TABLE)) for terms in ((), (idle,)))):
+        results.append(last(paper(lambda x, s: Prediction(curved(x, s)), x, SIGMAS, generator(), run)))
+    assert torch.equal(results[1], results[0])
+    assert torch.equal(results[2], results[0])
+
+
 @pytest.mark.parametrize("fraction", [None, 0.0, 0.5, 1.0])
 def test_paper_on_gaussian_data_has_the_variance_of_its_chain(fraction, draw):
     """x_0 ~ N(0, 1): x_{t-1} = sqrt(1 - beta) x_t + sqrt(Sigma) z, so its variance follows a scalar recursion."""

@@ -1,0 +1,94 @@
+"""Reduced forms of the measurements that `sdg evaluate` prints in full, on the bundled models."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from sdg_core import cli
+from sdg_core.checkpoint import BUNDLED
+from sdg_core.demo import SEEDS, demo_rows, draw_grid
+from sdg_core.evaluate import hits, judge_accuracy
+from sdg_core.guidance import DEFAULT_SCALE
+from sdg_core.metrics import layout_correlation
+from sdg_core.world import Pull, load_world, sample, seeded_noise
+
+STEPS = 25
+
+
+@pytest.fixture(scope="module")
+def world():
+    return load_world()
+
+
+def test_all_bundled_files_stay_within_their_budget():
+    assert sum(path.stat().st_size for path in BUNDLED.iterdir()) <= 32 * 2**20
+
+
+def test_judge_is_right_on_held_out_renders(world):
+    accuracy = judge_accuracy(world)
+    assert min(accuracy[name] for name in ("style", "background", "hair", "glasses", "hat")) >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wish"),
+    [("a person with blue background", {"background": "blue"}), ("pixel art", {"style": "pixel"})],
+)
+def test_text_guidance_draws_what_the_prompt_names(world, prompt, wish):
+    wanted = {name: world.judge.attributes[name].index(value) for name, value in wish.items()}
+    noise = seeded_noise(range(16), 32)
+    guided = sample(world, [Pull("text", prompt)], noise, steps=STEPS)
+    plain = sample(world, [], noise, steps=STEPS)
+    assert hits(world, guided, [wanted] * 16).mean() >= 0.8
+    assert hits(world, plain, [wanted] * 16).mean() <= 0.4
+
+
+def test_structure_guidance_follows_the_layout_of_its_reference(world):
+    reference = world.renders[0]
+    noise = seeded_noise(range(8), 32)
+    guided = sample(world, [Pull("structure", reference)], noise, steps=STEPS)
+    plain = sample(world, [], noise, steps=STEPS)
+    close, far = (layout_correlation(x, reference[None].expand(8, -1, -1, -1)).mean() for x in (guided, plain))
+    assert close >= 0.7 and close >= far + 0.3
+
+
+@pytest.mark.parametrize("kind", list(DEFAULT_SCALE))
+def test_a_hundred_times_the_default_scale_stays_finite(world, kind):
+    target = "a person with glasses" if kind == "text" else world.renders[0]
+    noise = seeded_noise(range(2), 32)
+    guided = sample(world, [Pull(kind, target, 100 * DEFAULT_SCALE[kind])], noise, steps=10)
+    assert bool(torch.isfinite(guided).all())
+
+
+def test_the_same_seed_gives_the_same_picture_and_a_batch_is_its_single_runs(world):
+    pulls = [Pull("text", "a person with glasses"), Pull("style", world.renders[1])]
+    noise = seeded_noise(range(4), 32)
+    batch = sample(world, pulls, noise, steps=10, sampler="euler")
+    again = sample(world, pulls, noise, steps=10, sampler="euler")
+    single = torch.cat([sample(world, pulls, n[None], steps=10, sampler="euler") for n in noise])
+    assert torch.equal(batch, again)
+    torch.testing.assert_close(batch, single, atol=1e-4, rtol=0)
+
+
+def test_demo_grid_has_a_row_for_every_guidance_and_room_for_every_label(world):
+    rows = demo_rows(world)
+    kinds = {pull.kind for row in rows for pull in row.pulls}
+    assert kinds == set(DEFAULT_SCALE) and not rows[0].pulls
+    grid = draw_grid(rows, [torch.zeros(len(SEEDS), 3, 32, 32)] * len(rows))
+    labels = torch.tensor(list(grid.crop((0, 0, 250, grid.height)).convert("L").tobytes()))
+    edge = torch.tensor(list(grid.crop((246, 40, 250, grid.height)).convert("L").tobytes()))
+    assert labels.min() < 128 and edge.min() == 255  # text is drawn, and none runs into the pictures
+
+
+def test_evaluate_prints_one_json_object_with_rows(capsys):
+    assert cli.main(["evaluate", "--suite", "structure", "--samples", "4", "--steps", "4", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [set(row) for row in rows] == [{"name", "n", "value", "unguided", "bar"}]
+    assert rows[0]["name"] == "structure" and rows[0]["n"] >= 4
+
+
+def test_a_missing_picture_is_named_in_the_error(capsys, tmp_path):
+    assert cli.main(["sample", "--style", str(tmp_path / "none.png")]) == 2
+    assert "none.png" in capsys.readouterr().err
