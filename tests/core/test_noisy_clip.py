@@ -113,6 +113,17 @@ def test_depth_says_which_maps_are_computed(kind, draw):
             assert torch.equal(a, b)
 
 
+def test_vit_maps_have_the_pictures_layout(draw):
+    """Before the first block tokens do not mix: a change in one 8 x 8 patch shows at its place and nowhere else."""
+    model, x, t = make_noisy("vit"), draw(1, 3, 32, 32), torch.tensor([300.0])
+    changed = x.clone()
+    changed[:, :, 8:16, 24:32] += 1
+    (before,), (after,) = (model(picture, t, 1).maps for picture in (x, changed))
+    wanted = torch.zeros(4, 4, dtype=torch.bool)
+    wanted[1, 3] = True
+    assert torch.equal((before - after).abs().amax(dim=(0, 1)) > 1e-4, wanted)
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("t", [[300.0], [300.0, 600.0]])
 def test_layers_deeper_than_asked_for_are_not_touched(kind, depth, t, draw):
