@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adm import ADMConfig, ADMUNet
 from .judge import Judge
@@ -23,7 +23,7 @@ BUNDLED = Path(__file__).parent / "avatars"
 TOKEN_IDS = "text.token_ids"
 """Tensor name: ids of the token embeddings kept in a file; row 0 of the table stands for all others."""
 
-KINDS = {"adm": "ADM diffusion model", "noisy_clip": "noisy CLIP", "judge": "attribute judge", "clip": "CLIP"}
+KINDS = {"adm": "an ADM diffusion model", "noisy_clip": "a noisy CLIP", "judge": "an attribute judge", "clip": "a CLIP"}
 
 
 def save(path: Path, kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor], half: bool = True) -> None:
@@ -40,7 +40,7 @@ def load(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises FileNotFoundError where there is no such file, ValueError where it is not one of ours or of another kind.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}. Wanted: a {KINDS[kind]} in safetensors format.")
+        raise FileNotFoundError(f"There is no file {path}. Wanted: {KINDS[kind]} in safetensors format.")
     try:
         with safe_open(str(path), framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get("sdg", "null"))
@@ -50,11 +50,11 @@ def load(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if meta is None:
         raise ValueError(
             f"{path.name} is a safetensors file of another program: its metadata has no SDG config. "
-            f"Wanted: a {KINDS[kind]} saved by this pack."
+            f"Wanted: {KINDS[kind]} saved by this pack."
         )
     if meta["kind"] != kind:
         raise ValueError(
-            f"{path.name} holds a {KINDS.get(meta['kind'], meta['kind'])}; wanted a {KINDS[kind]}. "
+            f"{path.name} holds {KINDS.get(meta['kind'], meta['kind'])}; wanted {KINDS[kind]}. "
             "Choose another file, or load this one with the node made for it."
         )
     return meta["config"], {k: v.float() if v.dtype == torch.float16 else v for k, v in state.items()}
@@ -89,7 +89,7 @@ def load_adm(path: Path = BUNDLED / "adm.safetensors") -> ADMUNet:
     """The UNet, frozen, in eval mode, float32."""
     config, state = read_adm(path)
     unet = ADMUNet(config)
-    unet.load_state_dict(state)
+    fill(unet, state, path)
     return unet.requires_grad_(False).eval()
 
 
@@ -112,7 +112,7 @@ def load_noisy_clip(path: Path = BUNDLED / "noisy_clip.safetensors") -> NoisyCLI
             state["text.token_embedding.weight"], state.pop(TOKEN_IDS), settings.clip["text_cfg"]["vocab_size"]
         )
     model = NoisyCLIP(settings, build_clip(settings.clip), has_text)
-    model.load_state_dict(state)
+    fill(model, state, path)
     return model.requires_grad_(False).eval()
 
 
@@ -120,8 +120,16 @@ def load_judge(path: Path = BUNDLED / "judge.safetensors") -> Judge:
     """The attribute judge, frozen, in eval mode."""
     config, state = load(path, "judge")
     judge = Judge(config["attributes"])
-    judge.load_state_dict(state)
+    fill(judge, state, path)
     return judge.requires_grad_(False).eval()
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Loads the weights. Raises ValueError, naming the file, where they don't fit the model its config describes."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path.name} does not hold the weights that its config describes: {error}") from error
 
 
 def _full_table(rows: Tensor, token_ids: Tensor, vocabulary: int) -> Tensor:

@@ -19,8 +19,9 @@ class Features:
     maps: tuple[Tensor, ...]
     embed: Tensor | None = None
 
-    def detach(self) -> Features:
-        return Features(tuple(m.detach() for m in self.maps), None if self.embed is None else self.embed.detach())
+    def to(self, device: torch.device) -> Features:
+        """The same features on a device."""
+        return Features(tuple(m.to(device) for m in self.maps), None if self.embed is None else self.embed.to(device))
 
 
 def gram(feature_map: Tensor, centred: bool = True) -> Tensor:

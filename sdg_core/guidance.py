@@ -39,7 +39,10 @@ Look = Callable[[Tensor, "int | None"], Features]
 
 
 class Guidance(Protocol):
-    """One pull. ``target`` is computed once per noise level, ``score`` at every gradient."""
+    """One pull. ``target`` is computed once per noise level, ``score`` at every gradient.
+
+    A target's ``maps`` are what ``score`` compares, one per layer that the guidance reads.
+    """
 
     def depth(self, encoder: Encoder) -> int: ...
 
@@ -96,14 +99,12 @@ class StructureGuidance:
         return max(check_layers(self.layers, encoder))
 
     def target(self, look: Look) -> Features:
-        return look(self.image, max(self.layers))
+        maps = look(self.image, max(self.layers)).maps
+        return Features(tuple(maps[layer - 1] for layer in self.layers))
 
     def score(self, features: Features, target: Features) -> Tensor:
-        scores = []
-        for layer in self.layers:
-            wanted = target.maps[layer - 1]
-            scores.append(_mean_over(wanted, lambda w, seen=features.maps[layer - 1]: _relative(seen, w)))
-        return -torch.stack(scores).mean(dim=0)
+        seen = [features.maps[layer - 1] for layer in self.layers]
+        return _closeness(seen, target)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,14 +123,10 @@ class StyleGuidance:
 
     def target(self, look: Look) -> Features:
         maps = look(self.image, max(self.layers)).maps
-        return Features(tuple(gram(m, self.centred) for m in maps))
+        return Features(tuple(gram(maps[layer - 1], self.centred) for layer in self.layers))
 
     def score(self, features: Features, target: Features) -> Tensor:
-        scores = []
-        for layer in self.layers:
-            seen = gram(features.maps[layer - 1], self.centred)
-            scores.append(_mean_over(target.maps[layer - 1], lambda w, seen=seen: _relative(seen, w)))
-        return -torch.stack(scores).mean(dim=0)
+        return _closeness([gram(features.maps[layer - 1], self.centred) for layer in self.layers], target)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,10 +188,14 @@ def _cosine(features: Features, target: Features) -> Tensor:
     return (unit(features.embed) @ target.embed.float().T).mean(dim=1)
 
 
-def _relative(seen: Tensor, wanted: Tensor) -> Tensor:
-    return squared_distance(seen, wanted) / squared_size(wanted)
+def _closeness(seen: Sequence[Tensor], target: Features) -> Tensor:
+    """Minus the relative squared distance, averaged over layers and references: (B, ...) per layer -> (B,).
 
-
-def _mean_over(references: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean over references (R, ...) of score(one of them (1, ...)) -> (B,)."""
-    return torch.stack([score(reference[None]) for reference in references]).mean(dim=0)
+    ``target.maps`` holds the wanted values (R, ...) of the same layers.
+    """
+    distances = [
+        squared_distance(layer, reference[None]) / squared_size(reference[None])
+        for layer, wanted in zip(seen, target.maps, strict=True)
+        for reference in wanted
+    ]
+    return -torch.stack(distances).mean(dim=0)

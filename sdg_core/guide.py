@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ log = logging.getLogger(__name__)
 
 REFERENCE_SEED = 0
 """Seed of the noise that references get. One noise for all references, steps, samples and runs: reproducible, cacheable."""
+
+LEVELS_KEPT = 4
+"""Noise levels whose reference features stay in memory."""
 
 MIN_ALPHA = 1e-4
 """Below this signal scale (flow models at sigma = 1) x_t holds nothing to read: the step is not guided."""
@@ -47,7 +51,10 @@ class Strength:
 
 @dataclass(frozen=True)
 class StepTrace:
-    """What one guided step did: scores (K, B), RMS of the shift over the model's own step (B,), where the cap bound."""
+    """What one guided step did: scores (K, B), RMS of the shift over the model's own step (B,), where the cap bound.
+
+    ``sigma`` is the first sample's.
+    """
 
     sigma: float
     scores: Tensor
@@ -67,7 +74,7 @@ class GuidanceRun:
     percent_to_sigma: Callable[[float], float]
     strength: Strength = field(default_factory=Strength)
     trace: list[StepTrace] = field(default_factory=list)
-    _targets: dict[tuple[int, float], Features] = field(default_factory=dict)
+    _targets: dict[float, dict[int, Features]] = field(default_factory=dict)
 
     def weights(self, sigma: Tensor) -> Tensor:
         """Scale of every term at sigma (B,): (K, B), 0 outside its interval and where x_t holds no signal."""
@@ -139,13 +146,9 @@ def encoder_noise(
 
     An encoder that averages g-times-smaller noise out of a larger picture sees sigma / alpha * g.
     """
-    alpha = run_alpha(convention, sigma)
+    alpha = convention.alpha(sigma).clamp(min=MIN_ALPHA)
     ratio = sigma / alpha * encoder.noise_gain(*x_t.shape[-2:])
     return ratio, alpha * (1 + ratio.square()).sqrt()
-
-
-def run_alpha(convention: Convention, sigma: Tensor) -> Tensor:
-    return convention.alpha(sigma).clamp(min=MIN_ALPHA)
 
 
 def rms(x: Tensor) -> Tensor:
@@ -163,24 +166,28 @@ def _by_encoder(terms: tuple[Term, ...], weights: Tensor) -> list[tuple[Encoder,
 
 
 def _target(run: GuidanceRun, k: int, encoder: Encoder, x_t: Tensor, ratio: Tensor) -> Features:
-    """The target of term k at this noise: references get the run's fixed noise, and are looked at once per sigma."""
-    key = (k, float(ratio[0]))
-    if key not in run._targets:
-        H, W = x_t.shape[-2:]
-        ratio = ratio[:1]
+    """The target of term k at this noise: references get the run's fixed noise, and are looked at once per sigma.
 
-        def look(image: Tensor, depth: int | None) -> Features:
-            generator = torch.Generator().manual_seed(REFERENCE_SEED)
-            eps = torch.randn(1, 3, H, W, generator=generator).to(x_t.device)
-            gain = encoder.noise_gain(H, W)
-            x_0 = fit(image.to(x_t.device), H, W)
-            u = (x_0 + eps * ratio / gain) / (1 + ratio.square()).sqrt()
-            with torch.no_grad():
-                features = encoder(u, encoder.table.timestep(ratio), depth or encoder.full_depth)
-            return features
+    Only the latest noise levels are kept; a sampler of higher order comes back to those.
+    """
+    level = run._targets.setdefault(float(ratio[0]), {})
+    if k not in level:
+        look = functools.partial(_look, encoder, x_t, ratio[:1])
+        level[k] = run.terms[k].guidance.target(look).to(x_t.device)
+    while len(run._targets) > LEVELS_KEPT:
+        del run._targets[next(iter(run._targets))]
+    return level[k]
 
-        run._targets[key] = run.terms[k].guidance.target(look)
-    return run._targets[key]
+
+def _look(encoder: Encoder, x_t: Tensor, ratio: Tensor, image: Tensor, depth: int | None) -> Features:
+    """Features of references (R, 3, h, w) at the size of x_t, with the fixed noise at ratio (1,)."""
+    H, W = x_t.shape[-2:]
+    generator = torch.Generator().manual_seed(REFERENCE_SEED)
+    eps = torch.randn(1, 3, H, W, generator=generator).to(x_t.device)
+    x_0 = fit(image.to(x_t.device), H, W)
+    u = (x_0 + eps * ratio / encoder.noise_gain(H, W)) / (1 + ratio.square()).sqrt()
+    with torch.no_grad():
+        return encoder(u, encoder.table.timestep(ratio), depth or encoder.full_depth)
 
 
 def _bounded(shift: Tensor, step: Tensor, strength: Strength) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,5 +207,5 @@ def _bounded(shift: Tensor, step: Tensor, strength: Strength) -> tuple[Tensor, T
         allowed = strength.cap * step / size.clamp(min=tiny)
         factor = allowed if strength.mode == "relative" else allowed.clamp(max=1)
         factor = torch.where(size > 0, factor, torch.zeros_like(factor))
-        capped = allowed < 1
+        capped = (allowed < 1) & (strength.mode == "absolute")
     return shift * expand(factor, shift), size * factor / step.clamp(min=tiny), capped

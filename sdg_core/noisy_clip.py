@@ -50,7 +50,7 @@ class NoisyCLIP(nn.Module):
     """Reads x_t in VP scaling and t; gives feature maps and the pooled embedding. With its own text tower.
 
     At initialisation it equals the clean CLIP at every t. ``clip`` is an ``open_clip.CLIP`` built from ``config.clip``;
-    its text half may be absent (``has_text``), then only image guidances work.
+    its image tower moves into this model. Its text half may be absent (``has_text``); then only image guidances work.
     """
 
     def __init__(self, config: NoisyCLIPConfig, clip: nn.Module, has_text: bool = True) -> None:
@@ -115,9 +115,10 @@ def resize(image: Tensor, size: int) -> Tensor:
     """(B, 3, H, W) -> (B, 3, size, size): averaging areas down, bilinear up, unchanged where it fits."""
     if image.shape[-2:] == (size, size):
         return image
-    if min(image.shape[-2:]) >= size:
-        return F.adaptive_avg_pool2d(image, size)
-    return F.interpolate(image, (size, size), mode="bilinear", align_corners=False)
+    smaller = [min(side, size) for side in image.shape[-2:]]
+    if list(image.shape[-2:]) != smaller:
+        image = F.adaptive_avg_pool2d(image, smaller)
+    return image if smaller == [size, size] else F.interpolate(image, (size, size), mode="bilinear", align_corners=False)
 
 
 def _channels(layer: nn.Module) -> int:
@@ -143,8 +144,8 @@ def build_clip(config: Mapping[str, Any]) -> nn.Module:
 
 def noisy(image: Tensor, eps: Tensor, t: Tensor, table: TimestepTable) -> Tensor:
     """q(x_t | x_0): sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, in VP scaling. t (B,) may be fractional."""
-    ratio = table.sigma(t).view(-1, 1, 1, 1)
+    ratio = table.sigma(t).to(image.device, image.dtype).view(-1, 1, 1, 1)
     norm = (1 + ratio.square()).sqrt()
-    return (image / norm + eps * ratio / norm).to(image.dtype)
+    return image / norm + eps * ratio / norm
 
 

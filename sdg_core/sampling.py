@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .adm import ADMUNet
 from .guide import GuidanceRun, guidance_gradient, guide
-from .schedule import TimestepTable, expand
+from .schedule import Convention, TimestepTable, expand
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,10 @@ def paper(
 
     Works in VP scaling (x and sigmas come and go in VE). Where the model learned Sigma it is used, otherwise beta_tilde.
     The gradient is taken as it is: ``run.strength`` does not apply. Steps stop at the last sigma above 0, where the
-    mean is returned without noise.
+    mean is returned without noise. Raises ValueError for a run in another convention than VE.
     """
+    if run is not None and run.convention is not Convention.VE:
+        raise ValueError("The paper's sampler is made for diffusion models; this run guides a flow model. Use euler.")
     abar = 1 / (1 + sigmas.double().square())
     for i, s in enumerate(sigmas[:-1]):
         batch_sigma = s.expand(len(x))

@@ -70,17 +70,17 @@ class TimestepTable:
 
         Any shape; float32, clamped to 0..T-1.
         """
-        table = self.ratio.to(ratio.device).log()
-        wanted = ratio.double().clamp(min=1e-12).log()
+        table = self.ratio.log()  # on the CPU, in float64, which some devices lack
+        wanted = ratio.cpu().double().clamp(min=1e-12).log()
         right = torch.searchsorted(table, wanted.contiguous()).clamp(1, len(table) - 1)
         left = right - 1
         part = (wanted - table[left]) / (table[right] - table[left])
-        return (left + part).clamp(0, len(table) - 1).float()
+        return (left + part).clamp(0, len(table) - 1).float().to(ratio.device)
 
     def sigma(self, timestep: Tensor) -> Tensor:
-        """The inverse of ``timestep``: the noise ratio at a fractional timestep, float64."""
-        table = self.ratio.to(timestep.device).log()
-        t = timestep.double().clamp(0, len(table) - 1)
+        """The inverse of ``timestep``: the noise ratio at a fractional timestep, float64, on the CPU."""
+        table = self.ratio.log()
+        t = timestep.cpu().double().clamp(0, len(table) - 1)
         left = t.floor().long().clamp(max=len(table) - 2)
         return (table[left] + (t - left) * (table[left + 1] - table[left])).exp()
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sdg_core.adm import timestep_embedding
 from sdg_core.checkpoint import load_noisy_clip, save, save_noisy_clip
 from sdg_core.conditioning import TimeConditioning
+from sdg_core.features import Features
 from sdg_core.gradient import score_gradient
 from sdg_core.guidance import ContentGuidance, StructureGuidance, Term
 from sdg_core.noisy_clip import CLIP_MEAN, CLIP_STD, NoisyCLIP, NoisyCLIPConfig, build_clip, resize
@@ -183,7 +184,8 @@ def test_gradients_in_inference_mode_equal_those_outside(kind, t, draw):
 
     def gradient() -> Tensor:
         model = make_noisy(kind)
-        targets = [model(image, torch.tensor([250.0]), model.full_depth)] * 2
+        features = model(image, torch.tensor([250.0]), model.full_depth)
+        targets = [features, Features((features.maps[3],))]  # structure reads layer 4
         terms = [Term(guidance, model, 1.0) for guidance in (ContentGuidance(image), StructureGuidance(image))]
         return score_gradient(model, terms, weights, targets, x.clone(), t)[0]
 
