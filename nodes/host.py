@@ -202,6 +202,11 @@ class Conds:
     cfg: float
 
 
+def blank_conditioning() -> list:
+    """CONDITIONING for models that read none, where a sampler node asks for it all the same."""
+    return [[torch.zeros(1, 1, 1), {}]]
+
+
 def conditioning(model: comfy.model_patcher.ModelPatcher, positive: list | None, negative: list | None, cfg: float) -> Conds:
     """Conditioning with blanks where an unconditional model has none; cfg is then off (1), which halves the work.
 
@@ -213,7 +218,7 @@ def conditioning(model: comfy.model_patcher.ModelPatcher, positive: list | None,
             f"This model takes prompts, but {' and '.join(missing)} is not connected. "
             "Connect CONDITIONING, for example from CLIP Text Encode."
         )
-    blank = [[None, {}]]
+    blank = blank_conditioning()
     return Conds(
         blank if positive is None else positive,
         blank if negative is None else negative,

@@ -61,7 +61,14 @@ class SDGLoadADM(io.ComfyNode):
                     tooltip="A file of models/adm, or the small one for cartoon avatars, 32 pixels, that comes with this pack.",
                 )
             ],
-            outputs=[io.Model.Output("MODEL", tooltip="An unconditional pixel model: 3 channels, no VAE to compress it.")],
+            outputs=[
+                io.Model.Output("MODEL", tooltip="An unconditional pixel model: 3 channels, no VAE to compress it."),
+                io.Conditioning.Output(
+                    "CONDITIONING",
+                    display_name="blank",
+                    tooltip="An ADM has no prompt. Connect this where a sampler of ComfyUI wants positive or negative.",
+                ),
+            ],
         )
 
     @classmethod
@@ -70,7 +77,8 @@ class SDGLoadADM(io.ComfyNode):
 
     @classmethod
     def execute(cls, adm_name: str) -> io.NodeOutput:
-        return io.NodeOutput(load_adm_model(host.model_path("adm", adm_name)))
+        model = load_adm_model(host.model_path("adm", adm_name))
+        return io.NodeOutput(model, host.blank_conditioning())
 
 
 class SDGEmptyPixelLatent(io.ComfyNode):

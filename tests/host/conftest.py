@@ -18,7 +18,7 @@ from sdg_core.checkpoint import save, save_noisy_clip
 from sdg_core.noisy_clip import NoisyCLIP, NoisyCLIPConfig, build_clip
 
 ROOT = Path(__file__).parents[2]
-PLACES = {"COMFYUI_PATH": Path.home() / "comfy/ComfyUI", "COMFYUI_PATH_OLD": Path.home() / "comfy/ComfyUI-0.8"}
+PLACE = Path.home() / "comfy/ComfyUI"
 
 ADM_CONFIG = ADMConfig(
     image_size=16,
@@ -43,10 +43,13 @@ CLIP_CONFIG = NoisyCLIPConfig(
 )
 
 
-def found_hosts() -> dict[str, Path]:
-    """The ComfyUI checkouts on this machine, by the variable that points to them."""
-    places = {name: Path(os.environ.get(name, default)) for name, default in PLACES.items()}
-    return {name: path for name, path in places.items() if (path / "comfy/samplers.py").is_file()}
+@pytest.fixture(scope="session")
+def comfyui_path() -> Path:
+    """The ComfyUI of this test process: one process tests one host."""
+    path = Path(os.environ.get("COMFYUI_PATH") or PLACE)
+    if not (path / "main.py").is_file():
+        pytest.skip(f"No ComfyUI at {path}. Install one there, or set COMFYUI_PATH to its folder, to run these tests.")
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -77,13 +80,10 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="session")
-def comfy(models_folder: Path, tmp_path_factory) -> SimpleNamespace:
+def comfy(comfyui_path: Path, models_folder: Path, tmp_path_factory) -> SimpleNamespace:
     """ComfyUI's modules, on the CPU, with the random models in reach."""
-    hosts = found_hosts()
-    if "COMFYUI_PATH" not in hosts:
-        pytest.skip(f"No ComfyUI at {PLACES['COMFYUI_PATH']}. Set COMFYUI_PATH to a checkout to run these tests.")
     torch.set_num_threads(1)
-    sys.path.insert(0, str(hosts["COMFYUI_PATH"]))
+    sys.path.insert(0, str(comfyui_path))
     import comfy.cli_args
 
     comfy.cli_args.args.cpu = True

@@ -31,7 +31,7 @@ def test_every_node_explains_itself(pack, node_id):
     assert (ROOT / f"web/docs/{node_id}.md").read_text().startswith("# ")
     for part in (*schema.inputs, *schema.outputs):
         assert part.tooltip, part.id
-        assert len(part.tooltip.split()) <= 25, part.tooltip
+    assert not [part.tooltip for part in (*schema.inputs, *schema.outputs) if len(part.tooltip.split()) > 25]
 
 
 def test_guided_ksampler_has_ksamplers_inputs_with_their_defaults(comfy, pack):
@@ -141,8 +141,7 @@ def test_conditional_models_want_their_prompts(comfy, pack, adm):
 
     with pytest.raises(ValueError, match="negative is not connected"):
         pack.host.conditioning(Conditional(), BLANK, None, 4.0)
-    conds = pack.host.conditioning(adm, None, None, 4.0)
-    assert (conds.positive, conds.negative, conds.cfg) == (BLANK, BLANK, 1.0)
+    assert pack.host.conditioning(adm, None, None, 4.0).cfg == 1.0
 
 
 def test_paper_sampler_refuses_flow_models(comfy, run, other_model):

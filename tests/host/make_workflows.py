@@ -1,0 +1,221 @@
+"""Writes example_workflows/*.json in the format of ComfyUI's frontend, with the default scales of nodes/defaults.py.
+
+`python tests/host/make_workflows.py`
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+DEFAULTS = runpy.run_path(str(ROOT / "nodes/defaults.py"))
+BUNDLED = "avatars (bundled)"
+SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
+    "SDGLoadADM": ([], [("MODEL", "MODEL"), ("blank", "CONDITIONING")]),
+    "SDGLoadNoisyCLIP": ([], [("NOISY_CLIP", "NOISY_CLIP")]),
+    "SDGEmptyPixelLatent": ([], [("LATENT", "LATENT")]),
+    "SDGTextGuidance": ([("noisy_clip", "NOISY_CLIP")], [("GUIDANCE", "SDG_GUIDANCE")]),
+    "SDGContentGuidance": ([("noisy_clip", "NOISY_CLIP"), ("image", "IMAGE")], [("GUIDANCE", "SDG_GUIDANCE")]),
+    "SDGStructureGuidance": ([("noisy_clip", "NOISY_CLIP"), ("image", "IMAGE")], [("GUIDANCE", "SDG_GUIDANCE")]),
+    "SDGStyleGuidance": ([("noisy_clip", "NOISY_CLIP"), ("image", "IMAGE")], [("GUIDANCE", "SDG_GUIDANCE")]),
+    "SDGCombineGuidance": ([(f"guidance_{i}", "SDG_GUIDANCE") for i in (1, 2, 3, 4)], [("GUIDANCE", "SDG_GUIDANCE")]),
+    "SDGGuidedKSampler": (
+        [
+            ("model", "MODEL"), ("latent_image", "LATENT"), ("guidance", "SDG_GUIDANCE"),
+            ("positive", "CONDITIONING"), ("negative", "CONDITIONING"),
+        ],
+        [("LATENT", "LATENT")],
+    ),
+    "VAELoader": ([], [("VAE", "VAE")]),
+    "VAEDecode": ([("samples", "LATENT"), ("vae", "VAE")], [("IMAGE", "IMAGE")]),
+    "ImageScale": ([("image", "IMAGE")], [("IMAGE", "IMAGE")]),
+    "PreviewImage": ([("images", "IMAGE")], []),
+    "SaveImage": ([("images", "IMAGE")], []),
+    "Note": ([], []),
+}  # fmt: skip
+SIZES = {
+    "SDGTextGuidance": (340, 230), "SDGContentGuidance": (340, 150), "SDGStructureGuidance": (340, 180),
+    "SDGStyleGuidance": (340, 210), "SDGCombineGuidance": (340, 220), "SDGGuidedKSampler": (320, 360),
+    "VAEDecode": (300, 60), "ImageScale": (300, 140), "PreviewImage": (300, 300), "SaveImage": (560, 640),
+    "Note": (340, 190),
+}  # fmt: skip
+
+
+@dataclass
+class Graph:
+    """A workflow under construction. ``add`` takes what each socket is fed by: the node id that ``add`` gave."""
+
+    nodes: list[dict] = field(default_factory=list)
+    links: list[list] = field(default_factory=list)
+    groups: list[dict] = field(default_factory=list)
+
+    def add(self, kind: str, title: str, at: tuple[int, int], widgets: list, **sources: int) -> int:
+        number = len(self.nodes) + 1
+        inputs, outputs = SOCKETS[kind]
+        node = {
+            "id": number, "type": kind, "pos": list(at), "size": list(SIZES.get(kind, (300, 106))), "flags": {},
+            "order": number - 1, "mode": 0, "title": title,
+            "inputs": [{"name": name, "type": type_, "link": None} for name, type_ in inputs],
+            "outputs": [{"name": name, "type": type_, "links": []} for name, type_ in outputs],
+            "properties": {"Node name for S&R": kind} if kind != "Note" else {}, "widgets_values": widgets,
+        }  # fmt: skip
+        if kind == "Note":
+            node |= {"color": "#432", "bgcolor": "#653"}
+        self.nodes.append(node)
+        for slot, (name, type_) in enumerate(inputs):
+            if name in sources:
+                self._link(sources[name], number, slot, type_)
+        return number
+
+    def _link(self, source: int, target: int, slot: int, type_: str) -> None:
+        number = len(self.links) + 1
+        self.links.append([number, source, 0, target, slot, type_])
+        self.nodes[source - 1]["outputs"][0]["links"].append(number)
+        self.nodes[target - 1]["inputs"][slot]["link"] = number
+
+    def group(self, title: str, x: int, y: int, width: int, height: int) -> None:
+        bounding = [x, y, width, height]
+        self.groups.append({"id": len(self.groups) + 1, "title": title, "bounding": bounding, "color": "#3f789e",
+                            "font_size": 24, "flags": {}})  # fmt: skip
+
+    def save(self, name: str) -> None:
+        workflow = {
+            "id": f"5d600000-0000-4000-8000-{sum(name.encode()):012d}", "revision": 0,
+            "last_node_id": len(self.nodes), "last_link_id": len(self.links), "nodes": self.nodes,
+            "links": self.links, "groups": self.groups, "config": {}, "extra": {}, "version": 0.4,
+        }  # fmt: skip
+        path = ROOT / f"example_workflows/{name}.json"
+        path.write_text(json.dumps(workflow, indent=1) + "\n")
+
+
+@dataclass
+class Models:
+    """The loaders that every example has, in a column on the left."""
+
+    adm: int
+    clip: int
+    vae: int
+
+
+def models(graph: Graph, note: str) -> Models:
+    graph.group("Models", -20, -80, 380, 720)
+    graph.add("Note", "About", (0, 430), [note])
+    return Models(
+        graph.add("SDGLoadADM", "Load ADM (SDG)", (0, 0), [BUNDLED]),
+        graph.add("SDGLoadNoisyCLIP", "Load Noisy CLIP (SDG)", (0, 140), [BUNDLED]),
+        graph.add("VAELoader", "Load VAE: pixel_space", (0, 280), ["pixel_space"]),
+    )
+
+
+def sampler(graph: Graph, models: Models, at: tuple[int, int], guidance: int, batch: int, seed: int) -> int:
+    """Empty latent, Guided KSampler and VAE Decode; gives the decoded picture."""
+    x, y = at
+    latent = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (x, y + 420), [32, 32, batch])
+    settings = [seed, "fixed", 50, 1.0, "euler", "normal", 1.0, "absolute", DEFAULTS["CAP"]]
+    samples = graph.add(
+        "SDGGuidedKSampler", "Guided KSampler (SDG)", at, settings,
+        model=models.adm, latent_image=latent, guidance=guidance,
+    )  # fmt: skip
+    return graph.add("VAEDecode", "VAE Decode", (x + 360, y), [], samples=samples, vae=models.vae)
+
+
+def enlarged(graph: Graph, image: int, at: tuple[int, int], name: str = "") -> None:
+    """The picture at 256 pixels, saved under a name or only shown."""
+    x, y = at
+    large = graph.add("ImageScale", "Enlarge", at, ["nearest-exact", 256, 256, "disabled"], image=image)
+    if name:
+        graph.add("SaveImage", "Save Image", (x + 340, y - 100), [f"SDG/{name}"], images=large)
+    else:
+        graph.add("PreviewImage", "Reference", (x, y + 190), [], images=large)
+
+
+def text(graph: Graph, models: Models, at: tuple[int, int], prompt: str, title: str = "Text Guidance (SDG)") -> int:
+    return graph.add("SDGTextGuidance", title, at, [prompt, DEFAULTS["TEXT_SCALE"], 0.0, 1.0], noisy_clip=models.clip)
+
+
+def reference(graph: Graph, models: Models, y: int, prompt: str, seed: int, title: str) -> int:
+    """A row that samples one picture by text, to serve as a reference."""
+    graph.group(title, 380, y - 80, 1180, 720)
+    guidance = text(graph, models, (400, y), prompt)
+    image = sampler(graph, models, (800, y), guidance, 1, seed)
+    enlarged(graph, image, (1160, y + 100))
+    return image
+
+
+def result(graph: Graph, models: Models, y: int, guidance: int, seed: int, name: str, title: str) -> None:
+    graph.group(title, 380, y - 80, 1740, 780)
+    image = sampler(graph, models, (800, y), guidance, 4, seed)
+    enlarged(graph, image, (1160, y + 100), name)
+
+
+def text_example() -> None:
+    graph = Graph()
+    m = models(graph, "A prompt for a model that has none: Text Guidance pulls every step towards the text.\n\n"
+                      "Try other hair and background colours, glasses, a beard, a hat, or a drawing style such as "
+                      "pixel art, sketch or toon. Scale 0 gives what the model draws alone.")  # fmt: skip
+    guidance = text(graph, m, (400, 0), "a person with glasses and blue background")
+    result(graph, m, 0, guidance, 0, "text", "Sample under a text")
+    graph.save("text")
+
+
+def content_example() -> None:
+    graph = Graph()
+    m = models(graph, "Variations of a picture. The first row samples a reference; put Load Image in its place to use "
+                      "a picture of your own.\n\nContent Guidance follows what the reference shows, not its pixels.")  # fmt: skip
+    image = reference(graph, m, 0, "a person with red hair, yellow background", 3, "1. A reference")
+    guidance = graph.add(
+        "SDGContentGuidance", "Content Guidance (SDG)", (400, 800), [DEFAULTS["CONTENT_SCALE"], 0.0, 1.0],
+        noisy_clip=m.clip, image=image,
+    )  # fmt: skip
+    result(graph, m, 800, guidance, 0, "content", "2. Sample variations of it")
+    graph.save("content")
+
+
+def style_and_structure_example() -> None:
+    graph = Graph()
+    m = models(graph, "The layout of one picture in the style of another. Both references are sampled here; put Load "
+                      "Image in their place to use your own.\n\nThe weights of Combine Guidance balance the two.")  # fmt: skip
+    layout = reference(graph, m, 0, "flat cartoon with long hair and orange background", 3, "1. A reference for layout")
+    look = reference(graph, m, 800, "pixel art with green background", 5, "2. A reference for style")
+    structure = graph.add(
+        "SDGStructureGuidance", "Structure Guidance (SDG)", (400, 1600),
+        [DEFAULTS["STRUCTURE_SCALE"], DEFAULTS["STRUCTURE_LAYERS"], 0.0, 1.0], noisy_clip=m.clip, image=layout,
+    )  # fmt: skip
+    style = graph.add(
+        "SDGStyleGuidance", "Style Guidance (SDG)", (400, 1830),
+        [DEFAULTS["STYLE_SCALE"], DEFAULTS["STYLE_LAYERS"], 0.0, 1.0, True], noisy_clip=m.clip, image=look,
+    )  # fmt: skip
+    both = graph.add(
+        "SDGCombineGuidance", "Combine Guidance (SDG)", (400, 2090), [1.0, 1.0, 1.0, 1.0],
+        guidance_1=structure, guidance_2=style,
+    )  # fmt: skip
+    result(graph, m, 1600, both, 0, "style_and_structure", "3. Layout of the first, style of the second")
+    graph.save("style_and_structure")
+
+
+def text_and_image_example() -> None:
+    graph = Graph()
+    m = models(graph, "A picture's content, changed by a text: Combine Guidance adds the two up.\n\nRaise weight_1 to "
+                      "stay closer to the picture, weight_2 to follow the text more.")  # fmt: skip
+    image = reference(graph, m, 0, "a person with red hair, yellow background", 3, "1. A reference")
+    content = graph.add(
+        "SDGContentGuidance", "Content Guidance (SDG)", (400, 800), [DEFAULTS["CONTENT_SCALE"], 0.0, 1.0],
+        noisy_clip=m.clip, image=image,
+    )  # fmt: skip
+    words = text(graph, m, (400, 1000), "a person with blue hair")
+    both = graph.add(
+        "SDGCombineGuidance", "Combine Guidance (SDG)", (400, 1280), [0.5, 1.0, 1.0, 1.0],
+        guidance_1=content, guidance_2=words,
+    )  # fmt: skip
+    result(graph, m, 800, both, 0, "text_and_image", "2. Its content, with the hair of the text")
+    graph.save("text_and_image")
+
+
+if __name__ == "__main__":
+    text_example()
+    content_example()
+    style_and_structure_example()
+    text_and_image_example()

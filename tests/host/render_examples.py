@@ -1,0 +1,43 @@
+"""Runs every example workflow in a real ComfyUI and saves its picture as the .jpg beside it.
+
+`python tests/host/render_examples.py [COMFYUI_FOLDER]`
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+from server import ROOT, install, serve, to_prompt
+
+
+def grid(pictures: list[Image.Image], gap: int = 8) -> Image.Image:
+    """Two columns on white."""
+    w, h = pictures[0].size
+    rows = (len(pictures) + 1) // 2
+    sheet = Image.new("RGB", (2 * w + 3 * gap, rows * h + (rows + 1) * gap), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (gap + (i % 2) * (w + gap), gap + (i // 2) * (h + gap)))
+    return sheet
+
+
+def main(host: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        install(Path(folder))
+        with serve(host, Path(folder)) as server:
+            info = server.get("/object_info")
+            for path in sorted((ROOT / "example_workflows").glob("*.json")):
+                entry = server.run(to_prompt(json.loads(path.read_text()), info))
+                files = server.pictures(entry)
+                if not files:
+                    raise RuntimeError(f"{path.name} gave no picture: {json.dumps(entry['status'])}")
+                grid([Image.open(io.BytesIO(f)).convert("RGB") for f in files]).save(path.with_suffix(".jpg"), quality=90)
+                print(path.with_suffix(".jpg").name)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path.home() / "comfy/ComfyUI")

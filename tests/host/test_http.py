@@ -1,0 +1,215 @@
+"""A real server: the example workflows give the core's pictures, and wrong values are reported on their node."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import shutil
+import sys
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sdg_core import checkpoint, guidance, sampling
+from sdg_core.guide import GuidanceRun, Strength
+from sdg_core.schedule import Convention
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
+
+spec = importlib.util.spec_from_file_location("sdg_test_server", Path(__file__).with_name("server.py"))
+tools = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = tools
+spec.loader.exec_module(tools)
+
+
+@pytest.fixture(scope="module")
+def installed(models_folder, tmp_path_factory) -> Path:
+    """A base directory with the pack, whose bundled weights are stood in for by random ones where they are missing."""
+    base = tmp_path_factory.mktemp("base")
+    avatars = tools.install(base) / "sdg_core/avatars"
+    avatars.mkdir(exist_ok=True)
+    for kind in ("adm", "noisy_clip"):
+        if not (avatars / f"{kind}.safetensors").is_file():
+            shutil.copy(models_folder / kind / "random.safetensors", avatars / f"{kind}.safetensors")
+    return base
+
+
+@pytest.fixture(scope="module")
+def server(comfyui_path, installed):
+    with tools.serve(comfyui_path, installed) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def info(server):
+    return server.get("/object_info")
+
+
+def example(name: str) -> dict:
+    return json.loads((ROOT / f"example_workflows/{name}.json").read_text())
+
+
+def pixels(file: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
+
+
+# The same graphs in the core
+
+
+@pytest.fixture(scope="module")
+def evaluate(installed) -> Callable[[dict, str], Tensor]:
+    """evaluate(prompt, node id) -> that node's output, computed by the core alone."""
+    avatars = installed / "custom_nodes/semantic-diffusion-guidance/sdg_core/avatars"
+    denoiser = sampling.ADMDenoiser(checkpoint.load_adm(avatars / "adm.safetensors"))
+    clip = checkpoint.load_noisy_clip(avatars / "noisy_clip.safetensors")
+
+    def term(kind, values, prompt):
+        image = None if kind == "SDGTextGuidance" else go(prompt, values["image"][0])
+        layers = tuple(int(n) for n in values.get("layers", "1").split(","))
+        made = {
+            "SDGTextGuidance": lambda: guidance.TextGuidance(clip.encode_text([values["text"]])),
+            "SDGContentGuidance": lambda: guidance.ContentGuidance(image),
+            "SDGStructureGuidance": lambda: guidance.StructureGuidance(image, layers),
+            "SDGStyleGuidance": lambda: guidance.StyleGuidance(image, layers, values.get("centred", True)),
+        }[kind]()
+        return (guidance.Term(made, clip, values["scale"], values["start_percent"], values["end_percent"]),)
+
+    def sample(values, prompt):
+        terms = go(prompt, values["guidance"][0])
+        state = GuidanceRun(terms, Convention.VE, sampling.percent_to_sigma(denoiser.table), Strength(cap=values["cap"]))
+        sigmas = sampling.normal_sigmas(denoiser.table, values["steps"])
+        size = prompt[values["latent_image"][0]]["inputs"]
+        generator = torch.Generator().manual_seed(values["seed"])
+        noise = torch.randn(size["batch_size"], 3, size["height"], size["width"], generator=generator)
+        *_, last = sampling.euler(sampling.guided(denoiser, state), sampling.initial(noise, sigmas[0]), sigmas)
+        return last.x.clamp(-1, 1)
+
+    def go(prompt: dict, number: str):
+        kind, values = prompt[number]["class_type"], prompt[number]["inputs"]
+        if kind == "SDGGuidedKSampler":
+            return sample(values, prompt)
+        if kind == "SDGCombineGuidance":
+            used = [i for i in (1, 2, 3, 4) if f"guidance_{i}" in values]
+            return guidance.combine([(go(prompt, values[f"guidance_{i}"][0]), values[f"weight_{i}"]) for i in used])
+        if kind in ("VAEDecode", "ImageScale", "SaveImage"):
+            return go(prompt, next(values[name] for name in ("samples", "image", "images") if name in values)[0])
+        return term(kind, values, prompt)
+
+    return go
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_gives_the_cores_picture(server, info, evaluate, name):
+    prompt = tools.to_prompt(example(name), info)
+    entry = server.run(prompt)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    files = server.pictures(entry)
+    seen = np.stack([pixels(file) for file in files])[:, 4::8, 4::8]
+    (output,) = [number for number, node in prompt.items() if node["class_type"] == "SaveImage"]
+    wanted = (evaluate(prompt, output).movedim(1, -1).numpy() + 1) * 127.5
+    off = np.abs(seen - wanted)
+    print(f"{name}: mean difference {off.mean():.3f}, largest {off.max():.1f} of 255")
+    assert seen.shape == wanted.shape
+    assert off.mean() < 1
+
+
+# Errors
+
+
+def changed_text_example(info, node: str, **changes) -> tuple[dict, str]:
+    """The text example with other inputs at one node (None takes one away), and that node's id."""
+    prompt = tools.to_prompt(example("text"), info)
+    (number,) = [n for n, part in prompt.items() if part["class_type"] == node]
+    inputs = prompt[number]["inputs"] | changes
+    prompt[number]["inputs"] = {name: value for name, value in inputs.items() if value is not None}
+    return prompt, number
+
+
+def errors(entry: dict) -> list[dict]:
+    return [data for kind, data in entry["status"]["messages"] if kind == "execution_error"]
+
+
+@pytest.mark.parametrize(
+    ("node", "changes", "said"),
+    [
+        ("SDGTextGuidance", {"text": " "}, "empty text"),
+        ("SDGTextGuidance", {"start_percent": 0.8, "end_percent": 0.2}, "start below end"),
+        ("SDGTextGuidance", {"start_percent": 1.0}, "start below end"),
+        ("SDGGuidedKSampler", {"strength": "relative", "cap": 0.0}, "cap is 0"),
+    ],
+)
+def test_wrong_values_are_reported_on_their_node(server, info, node, changes, said):
+    prompt, number = changed_text_example(info, node, **changes)
+    (error,) = errors(server.run(prompt))
+    assert (error["node_type"], error["node_id"]) == (node, number)
+    assert said in error["exception_message"]
+
+
+@pytest.mark.parametrize(
+    ("node", "changes"),
+    [
+        ("SDGTextGuidance", {"noisy_clip": None}),
+        ("SDGTextGuidance", {"scale": 1e9}),
+        ("SDGLoadADM", {"adm_name": "gone.safetensors"}),
+        ("SDGLoadNoisyCLIP", {"noisy_clip_name": "gone.safetensors"}),
+        ("SDGGuidedKSampler", {"model": None}),
+        ("SDGGuidedKSampler", {"strength": "strong"}),
+    ],
+)
+def test_values_that_the_host_checks_are_rejected_on_their_node(server, info, node, changes):
+    prompt, number = changed_text_example(info, node, **changes)
+    assert list(server.queue(prompt)["node_errors"]) == [number]
+
+
+def test_combined_guidance_needs_no_weights_in_the_prompt(server, info):
+    prompt = tools.to_prompt(example("text"), info)
+    (number,) = [n for n, part in prompt.items() if part["class_type"] == "SDGTextGuidance"]
+    (sampler,) = [n for n, part in prompt.items() if part["class_type"] == "SDGGuidedKSampler"]
+    prompt["100"] = {"class_type": "SDGCombineGuidance", "inputs": {"guidance_2": [number, 0]}}
+    prompt[sampler]["inputs"] |= {"guidance": ["100", 0], "steps": 2}
+    assert server.run(prompt)["status"]["status_str"] == "success"
+
+
+def test_paper_sampler_runs_in_sampler_custom(server, info):
+    prompt = tools.to_prompt(example("text"), info)
+    find = {part["class_type"]: n for n, part in prompt.items()}
+    adm = find["SDGLoadADM"]
+    scheduler = {"model": [adm, 0], "scheduler": "normal", "steps": 3, "denoise": 1.0}
+    prompt["100"] = {"class_type": "SDGPaperSampler", "inputs": {"guidance": [find["SDGTextGuidance"], 0]}}
+    prompt["101"] = {"class_type": "BasicScheduler", "inputs": scheduler}
+    inputs = {
+        "model": [adm, 0], "add_noise": True, "noise_seed": 0, "cfg": 1.0, "positive": [adm, 1], "negative": [adm, 1],
+        "sampler": ["100", 0], "sigmas": ["101", 0], "latent_image": [find["SDGEmptyPixelLatent"], 0],
+    }  # fmt: skip
+    prompt[find["SDGGuidedKSampler"]] = {"class_type": "SamplerCustom", "inputs": inputs}
+    assert server.run(prompt)["status"]["status_str"] == "success"
+
+
+def test_applied_guidance_in_the_hosts_ksampler_gives_the_same_picture(server, info):
+    prompt, number = changed_text_example(info, "SDGGuidedKSampler", steps=5)
+    inputs = prompt[number]["inputs"]
+    applied = {name: inputs[name] for name in ("model", "guidance", "strength", "cap")}
+    blank = [inputs["model"][0], 1]
+    kept = ("seed", "steps", "cfg", "sampler_name", "scheduler", "latent_image", "denoise")
+    plain = {name: inputs[name] for name in kept} | {"model": ["100", 0], "positive": blank, "negative": blank}
+    other = prompt | {
+        "100": {"class_type": "SDGApplyGuidance", "inputs": applied},
+        number: {"class_type": "KSampler", "inputs": plain},
+    }
+    first, second = (server.pictures(server.run(p)) for p in (prompt, other))
+    assert [pixels(f).tobytes() for f in first] == [pixels(f).tobytes() for f in second]
+
+
+def test_help_and_examples_are_served(server, info):
+    for node in (name for name in info if name.startswith("SDG")):
+        with urllib.request.urlopen(f"{server.url}/extensions/semantic-diffusion-guidance/docs/{node}.md") as page:
+            assert page.read().startswith(b"# ")
+    templates = server.get("/workflow_templates")
+    assert sorted(templates["semantic-diffusion-guidance"]) == EXAMPLES
