@@ -28,9 +28,7 @@ KINDS = {"adm": "an ADM diffusion model", "noisy_clip": "a noisy CLIP", "judge":
 
 def save(path: Path, kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor], half: bool = True) -> None:
     """Writes weights (fp16 unless ``half`` is False) with kind and config in the metadata."""
-    tensors = {
-        k: (v.half() if half and v.dtype == torch.float32 else v).contiguous().clone() for k, v in state.items()
-    }
+    tensors = {k: (v.half() if half and v.dtype == torch.float32 else v).contiguous().clone() for k, v in state.items()}
     save_file(tensors, str(path), {"format": "pt", "sdg": json.dumps({"kind": kind, "config": config})})
 
 
@@ -46,7 +44,9 @@ def load(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
             meta = json.loads((file.metadata() or {}).get("sdg", "null"))
             state = {name: file.get_tensor(name) for name in file.keys()} if meta else {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path.name} is not a readable safetensors file ({error}). Download or export it again.") from error
+        raise ValueError(
+            f"{path.name} is not a readable safetensors file ({error}). Download or export it again."
+        ) from error
     if meta is None:
         raise ValueError(
             f"{path.name} is a safetensors file of another program: its metadata has no SDG config. "

@@ -49,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--steps", type=int, default=50)
     one.add_argument("--sampler", choices=SAMPLERS, default="euler_ancestral")
     one.add_argument("--strength", choices=("absolute", "relative"), default="absolute")
-    one.add_argument("--cap", type=float, default=1.0, help="bound on the pull in multiples of the model's step; 0: none")
+    one.add_argument(
+        "--cap", type=float, default=1.0, help="bound on the pull in multiples of the model's step; 0: none"
+    )
     one.add_argument("--out", type=Path, default=Path("sample.png"))
     one.set_defaults(run=run_sample)
     check = commands.add_parser("evaluate", help="measure guided quality with the separate judge")
@@ -61,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     check.set_defaults(run=run_evaluate)
     for command in (demo, one, check):
-        command.add_argument("--models", type=Path, default=BUNDLED, help="folder of the models; default: the bundled ones")
+        command.add_argument(
+            "--models", type=Path, default=BUNDLED, help="folder of the models; default: the bundled ones"
+        )
     return top
 
 
@@ -105,7 +109,8 @@ def table(rows: Sequence[Row]) -> str:
     """Rows as aligned text."""
     head = f"{'measurement':28} {'n':>6} {'guided':>8} {'unguided':>8} {'bar':>6}"
     lines = [
-        f"{r.name:28} {r.n:6d} {r.value:8.3f} {r.unguided:8.3f} {'' if r.bar is None else f'{r.bar:.3g}':>6}" for r in rows
+        f"{r.name:28} {r.n:6d} {r.value:8.3f} {r.unguided:8.3f} {'' if r.bar is None else f'{r.bar:.3g}':>6}"
+        for r in rows
     ]
     return "\n".join([head, *lines])
 

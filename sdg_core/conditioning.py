@@ -1,7 +1,7 @@
 """Time conditioning of an image tower: one scale and one shift per normalised channel, predicted from t.
 
-After each normalisation layer y becomes y * (1 + scale(t)) + shift(t). Where a whole batch shares t, this folds into the
-layer's own weight and bias, so a guided step pays for it once and not per image.
+After each normalisation layer y becomes y * (1 + scale(t)) + shift(t). Where a whole batch shares t, this folds into
+the layer's own weight and bias, so a guided step pays for it once and not per image.
 """
 
 from __future__ import annotations
@@ -71,5 +71,3 @@ def _modulate(scale: Tensor, shift: Tensor):
         return torch.addcmul(shift.view(shape), y, 1 + scale.view(shape))
 
     return hook
-
-

@@ -36,7 +36,11 @@ def demo_rows(world: World) -> list[DemoRow]:
         DemoRow("Content", "what is in the picture", (Pull("content", face),)),
         DemoRow("Structure", "its layout as well", (Pull("structure", face),)),
         DemoRow("Style", "its strokes and palette", (Pull("style", brush),)),
-        DemoRow("Text + content", "a person with green hair", (Pull("text", "a person with green hair"), Pull("content", face))),
+        DemoRow(
+            "Text + content",
+            "a person with green hair",
+            (Pull("text", "a person with green hair"), Pull("content", face)),
+        ),
     ]
 
 

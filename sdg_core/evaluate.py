@@ -11,7 +11,7 @@ import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -66,7 +66,7 @@ class Settings:
     samples: int = 256
     steps: int = 50
     sampler: Sampler = "euler_ancestral"
-    strength: Strength = Strength()
+    strength: Strength = field(default_factory=Strength)
     processes: int = 0  # 0: one per core
     models: Path = BUNDLED
 
@@ -172,7 +172,7 @@ def hits(world: World, images: Tensor, asked: Sequence[dict[str, int]]) -> Tenso
 
 
 def one_attribute(world: World, samples: int) -> list[Suite]:
-    """`text/<attribute>` for every attribute that the judge can judge, their mean, and what over-guidance would cost."""
+    """`text/<attribute>` where the judge can judge, their mean, and what over-guidance would cost."""
     fit = judge_accuracy(world)
     names = [name for name in ATTRIBUTES if fit[name] >= JUDGE_BAR]
     found: dict[str, tuple[Row, list[tuple[float, float]], float, float]] = {}
@@ -245,7 +245,9 @@ def possible(world: World, wish: dict[str, int]) -> bool:
     return bool(found.any())
 
 
-def reference_suite(world: World, kind: Kind, samples: int, rows: Callable[[Tensor, Tensor, Tensor], list[Row]]) -> Suite:
+def reference_suite(
+    world: World, kind: Kind, samples: int, rows: Callable[[Tensor, Tensor, Tensor], list[Row]]
+) -> Suite:
     """Pictures guided by held-out renders that show hair; ``rows(pictures, twins, references)``."""
     hair = list(world.judge.attributes).index("hair")
     usable = torch.nonzero(world.labels[:, hair] >= 0).flatten()[:REFERENCES]

@@ -1,8 +1,8 @@
 """What guidance pulls towards: text, an image's content, its structure, its style (SDG, section 3.2).
 
 Every score is per sample, (B,), in float32, dimensionless, and higher is better. Structure and style distances are
-divided by the reference's own size, layer by layer, and averaged over layers: one range of scales (some 100 to 300, as in
-the paper) then means about the same pull for every kind, layer, encoder and resolution.
+divided by the reference's own size, layer by layer, and averaged over layers: a scale then means about the same pull
+for every layer, encoder and resolution.
 """
 
 from __future__ import annotations
@@ -69,7 +69,10 @@ class TextGuidance:
 
 @dataclass(frozen=True, eq=False)
 class ContentGuidance:
-    """F = E'(x_t, t) . E'(x'_t, t): what is in the picture; pose and layout stay free. ``image`` (R, 3, h, w), -1..1."""
+    """F = E'(x_t, t) . E'(x'_t, t): what is in the picture; pose and layout stay free.
+
+    ``image``: references (R, 3, h, w) in -1..1; several are averaged in score.
+    """
 
     image: Tensor
 
@@ -184,7 +187,8 @@ def fit(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def _cosine(features: Features, target: Features) -> Tensor:
-    assert features.embed is not None and target.embed is not None
+    assert features.embed is not None
+    assert target.embed is not None
     return (unit(features.embed) @ target.embed.float().T).mean(dim=1)
 
 

@@ -19,7 +19,7 @@ from .schedule import Convention, expand
 log = logging.getLogger(__name__)
 
 REFERENCE_SEED = 0
-"""Seed of the noise that references get. One noise for all references, steps, samples and runs: reproducible, cacheable."""
+"""Seed of the noise that references get: one noise for all references, steps, samples and runs, so reproducible."""
 
 LEVELS_KEPT = 4
 """Noise levels whose reference features stay in memory."""
@@ -139,9 +139,7 @@ def guidance_gradient(x_t: Tensor, sigma: Tensor, weights: Tensor, run: Guidance
     return grad, scores
 
 
-def encoder_noise(
-    encoder: Encoder, x_t: Tensor, sigma: Tensor, convention: Convention
-) -> tuple[Tensor, Tensor]:
+def encoder_noise(encoder: Encoder, x_t: Tensor, sigma: Tensor, convention: Convention) -> tuple[Tensor, Tensor]:
     """SNR matching: the noise ratio (B,) that the encoder sees, and the divisor (B,) that takes x_t to its VP scaling.
 
     An encoder that averages g-times-smaller noise out of a larger picture sees sigma / alpha * g.

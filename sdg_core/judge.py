@@ -23,7 +23,11 @@ class Judge(nn.Module):
         self.attributes = {name: tuple(values) for name, values in attributes.items()}
         w = width
         self.body = nn.Sequential(
-            _block(3, w, 1), _block(w, 2 * w, 2), _block(2 * w, 4 * w, 2), _block(4 * w, 8 * w, 2), _block(8 * w, 8 * w, 1)
+            _block(3, w, 1),
+            _block(w, 2 * w, 2),
+            _block(2 * w, 4 * w, 2),
+            _block(4 * w, 8 * w, 2),
+            _block(8 * w, 8 * w, 1),
         )
         self.heads = nn.ModuleDict({name: nn.Linear(8 * w, len(v)) for name, v in self.attributes.items()})
 

@@ -72,8 +72,8 @@ class NoisyCLIP(nn.Module):
     def forward(self, image: Tensor, t: Tensor, depth: int) -> Features:
         """Features of noisy pictures.
 
-        image: x_t in VP scaling, (B, 3, H, W), data in -1..1. t: (1,) when the batch shares it (the conditioning is then
-        folded into the norms) or (B,). depth: how many maps to compute; ``full_depth`` adds the embedding.
+        image: x_t in VP scaling, (B, 3, H, W), data in -1..1. t: (1,) when the batch shares it (the conditioning is
+        then folded into the norms) or (B,). depth: how many maps to compute; ``full_depth`` adds the embedding.
         """
         image = self.prepare(image)
         modulation = self.conditioning(t)
@@ -118,7 +118,9 @@ def resize(image: Tensor, size: int) -> Tensor:
     smaller = [min(side, size) for side in image.shape[-2:]]
     if list(image.shape[-2:]) != smaller:
         image = F.adaptive_avg_pool2d(image, smaller)
-    return image if smaller == [size, size] else F.interpolate(image, (size, size), mode="bilinear", align_corners=False)
+    return (
+        image if smaller == [size, size] else F.interpolate(image, (size, size), mode="bilinear", align_corners=False)
+    )
 
 
 def _channels(layer: nn.Module) -> int:
@@ -147,5 +149,3 @@ def noisy(image: Tensor, eps: Tensor, t: Tensor, table: TimestepTable) -> Tensor
     ratio = table.sigma(t).to(image.device, image.dtype).view(-1, 1, 1, 1)
     norm = (1 + ratio.square()).sqrt()
     return image / norm + eps * ratio / norm
-
-

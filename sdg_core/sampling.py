@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -58,10 +59,8 @@ class ADMDenoiser:
             norm = (1 + s.square()).sqrt()
             out = self.unet(x / norm, self.table.timestep(sigma).round())
         mean, variance = out.chunk(2, dim=1) if self.unet.config.learn_sigma else (out, None)
-        if self.unet.config.prediction == "eps":
-            denoised = x - s * mean
-        else:
-            denoised = x / norm.square() - s / norm * mean
+        eps = self.unet.config.prediction == "eps"
+        denoised = x - s * mean if eps else x / norm.square() - s / norm * mean
         return Prediction(denoised.clamp(-1, 1), None if variance is None else (variance + 1) / 2)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ def initial(noise: Tensor, sigma: Tensor) -> Tensor:
 @torch.no_grad()
 def euler(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """Euler's method on the probability flow; on VP models it is DDIM. sigmas (n + 1,) decreasing to 0."""
-    for i, (s, s_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (s, s_next) in enumerate(itertools.pairwise(sigmas)):
         denoised = denoise(x, s.expand(len(x)))
         x = x + (x - denoised) / s * (s_next - s)
         yield Step(i, len(sigmas) - 1, float(s), x, denoised)
@@ -107,7 +106,7 @@ def euler(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
 @torch.no_grad()
 def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: torch.Generator) -> Iterator[Step]:
     """Euler steps down to sigma_down, then fresh noise up to the next sigma (eta 1)."""
-    for i, (s, s_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (s, s_next) in enumerate(itertools.pairwise(sigmas)):
         denoised = denoise(x, s.expand(len(x)))
         up = torch.minimum(s_next, (s_next**2 * (s**2 - s_next**2) / s**2).sqrt())
         down = (s_next**2 - up**2).sqrt()
@@ -123,7 +122,7 @@ def paper(
 ) -> Iterator[Step]:
     """SDG's algorithm 1: x_{t-1} ~ N(mu + Sigma grad_{x_t} F, Sigma), respaced to the given sigmas.
 
-    Works in VP scaling (x and sigmas come and go in VE). Where the model learned Sigma it is used, otherwise beta_tilde.
+    Works in VP scaling (x and sigmas come and go in VE). A learned Sigma is used; without one, beta_tilde.
     The gradient is taken as it is: ``run.strength`` does not apply. Steps stop at the last sigma above 0, where the
     mean is returned without noise. Raises ValueError for a run in another convention than VE.
     """

@@ -51,7 +51,7 @@ def betas(name: str, timesteps: int = 1000) -> Tensor:
 
 @dataclass(frozen=True)
 class TimestepTable:
-    """A discrete schedule: noise ratio of every timestep, ``ratio[t] = sqrt((1 - abar_t) / abar_t)``, ascending (T,)."""
+    """A discrete schedule: the noise of every timestep, ``ratio[t] = sqrt((1 - abar_t) / abar_t)``, ascending (T,)."""
 
     ratio: Tensor
 

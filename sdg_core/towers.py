@@ -102,5 +102,3 @@ def open_tower(visual: nn.Module) -> Tower:
         f"Got an image tower of kind {type(visual).__name__}; wanted open_clip's ModifiedResNet or VisionTransformer. "
         "Use an architecture such as RN50, RN50x16, ViT-B-32 or ViT-L-14."
     )
-
-

@@ -43,7 +43,9 @@ def learning_rate(step: int, plan: Plan, warmup: int = 200, decay: float = 0.35)
     return plan.lr * min(1.0, (step + 1) / warmup, max(left, 0.0))
 
 
-def train(plan: Plan, model: nn.Module, loss: Callable[[int, torch.Generator], tuple[Tensor, str]]) -> dict[str, Tensor]:
+def train(
+    plan: Plan, model: nn.Module, loss: Callable[[int, torch.Generator], tuple[Tensor, str]]
+) -> dict[str, Tensor]:
     """Runs or resumes a training and returns the EMA weights.
 
     ``loss(step, generator)`` gives this process's mean loss and a text for the log; the generator is seeded by seed,
@@ -71,7 +73,10 @@ def train(plan: Plan, model: nn.Module, loss: Callable[[int, torch.Generator], t
             told = time.time()
             speed = (step + 1 - first) * plan.batch / (told - started)
             left = (plan.steps - step - 1) * plan.batch / speed / 60
-            print(f"step {step + 1}/{plan.steps} loss {log:.4f} {text} {speed:.0f} images/s {left:.0f} min left", flush=True)
+            print(
+                f"step {step + 1}/{plan.steps} loss {log:.4f} {text} {speed:.0f} images/s {left:.0f} min left",
+                flush=True,
+            )
             _save(plan, step + 1, model, optimizer, average)
     return average
 
@@ -94,7 +99,9 @@ def _average_gradients(parameters: list[nn.Parameter], processes: int) -> None:
         g.copy_(part.view_as(g))
 
 
-def _save(plan: Plan, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> None:
+def _save(
+    plan: Plan, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]
+) -> None:
     plan.out.parent.mkdir(parents=True, exist_ok=True)
     part = plan.out.with_suffix(".part")
     torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": average}, part)

@@ -93,7 +93,9 @@ class Loss:
 def zero_shot(model: CLIP, images: Tensor, labels: np.ndarray, table: Tensor) -> dict[str, float]:
     """Accuracy per attribute, each value named by one short prompt, on renders that show the attribute."""
     model.eval()
-    features = torch.cat([model.encode_image(prepare(b.float() / 127.5 - 1), normalize=True) for b in images.split(500)])
+    features = torch.cat(
+        [model.encode_image(prepare(b.float() / 127.5 - 1), normalize=True) for b in images.split(500)]
+    )
     result = {}
     for column, (name, values) in enumerate(LABELS.items()):
         prompts = [STYLE_WORDS[v] if name == "style" else f"a person with {phrase(name, v)}" for v in values]
