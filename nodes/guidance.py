@@ -62,15 +62,14 @@ def interval_inputs() -> list[io.Input]:
             "end_percent",
             default=1.0,
             **fraction,
-            tooltip="Guide up to this part of the run. 1 is the finished picture; lower leaves fine detail to the model.",
+            tooltip="Guide up to this part of the run. 1 is the finished picture; lower leaves fine "
+            "detail to the model.",
         ),
     ]
 
 
 def guidance_output() -> io.Output:
-    return GuidanceSocket.Output(
-        "GUIDANCE", tooltip="Connect to Guided KSampler, Apply Guidance or Combine Guidance."
-    )
+    return GuidanceSocket.Output("GUIDANCE", tooltip="Connect to Guided KSampler, Apply Guidance or Combine Guidance.")
 
 
 def one(noisy_clip: ModelPatcher, guidance: Guidance, scale: float, start: float, end: float) -> io.NodeOutput:
@@ -85,7 +84,8 @@ class SDGTextGuidance(io.ComfyNode):
             node_id="SDGTextGuidance",
             display_name="Text Guidance (SDG)",
             category="SDG/guidance",
-            description="Pulls the picture towards a text. Use it to give an unconditional model a prompt, or any model one more.",
+            description="Pulls the picture towards a text. Use it to give an unconditional model a "
+            "prompt, or any model one more.",
             inputs=[
                 noisy_clip_input(),
                 io.String.Input(
@@ -121,7 +121,8 @@ class SDGContentGuidance(io.ComfyNode):
             node_id="SDGContentGuidance",
             display_name="Content Guidance (SDG)",
             category="SDG/guidance",
-            description="Pulls towards what a reference picture shows. Pose and layout stay free: use it for variations.",
+            description="Pulls towards what a reference picture shows. Pose and layout stay free: "
+            "use it for variations.",
             inputs=[
                 noisy_clip_input(),
                 image_input("The picture whose content to follow."),
@@ -190,7 +191,8 @@ class SDGStyleGuidance(io.ComfyNode):
             node_id="SDGStyleGuidance",
             display_name="Style Guidance (SDG)",
             category="SDG/guidance",
-            description="Pulls towards the style of a reference picture: strokes, texture and palette, whatever it shows.",
+            description="Pulls towards the style of a reference picture: strokes, texture and "
+            "palette, whatever it shows.",
             inputs=[
                 noisy_clip_input(),
                 image_input("The picture whose style to follow."),
@@ -237,7 +239,8 @@ class SDGCombineGuidance(io.ComfyNode):
             node_id="SDGCombineGuidance",
             display_name="Combine Guidance (SDG)",
             category="SDG/guidance",
-            description="Adds guidances up, each with a weight: text and pictures pull at once. Chain it for more than four.",
+            description="Adds guidances up, each with a weight: text and pictures pull at once. "
+            "Chain it for more than four.",
             inputs=[part for number in range(1, COMBINED + 1) for part in cls.pair(number)],
             outputs=[guidance_output()],
         )
@@ -258,7 +261,8 @@ class SDGCombineGuidance(io.ComfyNode):
                 step=0.05,
                 round=0.001,
                 optional=True,
-                tooltip=f"Multiplies the scale of guidance {number}. 1 keeps it, 0 turns it off, negative pushes away. Usual: 0.5 to 2.",
+                tooltip=f"Multiplies the scale of guidance {number}. 1 keeps it, 0 turns it off, "
+                "negative pushes away. Usual: 0.5 to 2.",
             ),
         ]
 

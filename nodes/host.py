@@ -31,7 +31,7 @@ BUNDLED_NAME = "avatars (bundled)"
 FOLDERS = {"noisy_clip": {".safetensors"}, "adm": {".safetensors", ".pt", ".pth"}}
 KEY = "sdg"
 
-# CoreModelPatcher (ComfyUI 0.12 and newer) keeps plain torch modules fully resident where memory is managed dynamically.
+# CoreModelPatcher (ComfyUI 0.12 and newer) keeps plain torch modules fully resident under dynamic memory management.
 Patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
 
 
@@ -207,7 +207,9 @@ def blank_conditioning() -> list:
     return [[torch.zeros(1, 1, 1), {}]]
 
 
-def conditioning(model: comfy.model_patcher.ModelPatcher, positive: list | None, negative: list | None, cfg: float) -> Conds:
+def conditioning(
+    model: comfy.model_patcher.ModelPatcher, positive: list | None, negative: list | None, cfg: float
+) -> Conds:
     """Conditioning with blanks where an unconditional model has none; cfg is then off (1), which halves the work.
 
     Raises ValueError where a model that takes a prompt has none.
@@ -283,7 +285,7 @@ def _corrector(runs: list[GuidanceRun], patchers: Sequence[comfy.model_patcher.M
 
 
 def _catch_uncond(guider_options: dict, model_options: dict) -> tuple[dict, list[Tensor]]:
-    """The options for one model evaluation, and a list that then holds the unconditional estimate if a sampler reads it.
+    """The options for one model evaluation, and a list that holds the unconditional estimate, if a sampler reads it.
 
     CFG++ samplers step along x - uncond, which they keep through a post-CFG function of their own. Guidance must shift
     that tensor too, in place, or it counts 1 / (1 - sigma_next / sigma) times. Where the host hands out one tensor as

@@ -16,7 +16,8 @@ def to_references(image: Tensor) -> Tensor:
         )
     if len(shape) != 4 or shape[3] != 3 or 0 in shape:
         raise ValueError(
-            f"Got a picture of shape {shape}; wanted (batch, height, width, 3). Connect an IMAGE, as Load Image gives it."
+            f"Got a picture of shape {shape}; wanted (batch, height, width, 3). Connect an IMAGE, as "
+            "Load Image gives it."
         )
     return (image.to(torch.float32) * 2 - 1).clamp(-1, 1).movedim(-1, 1).contiguous()
 
@@ -36,6 +37,7 @@ def to_layers(layers: str) -> tuple[int, ...]:
         numbers = []
     if not numbers:
         raise ValueError(
-            f'Got the layers "{layers}"; wanted whole numbers from 1 up, separated by commas. Write for example 4 or 3,4.'
+            f'Got the layers "{layers}"; wanted whole numbers from 1 up, separated by commas. Write '
+            "for example 4 or 3,4."
         )
     return tuple(numbers)

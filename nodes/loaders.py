@@ -27,7 +27,8 @@ class SDGLoadNoisyCLIP(io.ComfyNode):
                     "noisy_clip_name",
                     options=host.model_names("noisy_clip"),
                     default=host.BUNDLED_NAME,
-                    tooltip="A file of models/noisy_clip, or the small one for cartoon avatars that comes with this pack.",
+                    tooltip="A file of models/noisy_clip, or the small one for cartoon avatars that "
+                    "comes with this pack.",
                 )
             ],
             outputs=[NoisyCLIPSocket.Output("NOISY_CLIP", tooltip="Connect to the guidance nodes.")],
@@ -51,14 +52,16 @@ class SDGLoadADM(io.ComfyNode):
             node_id="SDGLoadADM",
             display_name="Load ADM (SDG)",
             category="SDG/loaders",
-            description="Loads an unconditional pixel diffusion model (guided-diffusion's ADM) as a MODEL for any sampler. "
+            description="Loads an unconditional pixel diffusion model (guided-diffusion's ADM) as a "
+            "MODEL for any sampler. "
             "Decode its latents with Load VAE, pixel_space.",
             inputs=[
                 io.Combo.Input(
                     "adm_name",
                     options=host.model_names("adm"),
                     default=host.BUNDLED_NAME,
-                    tooltip="A file of models/adm, or the small one for cartoon avatars, 32 pixels, that comes with this pack.",
+                    tooltip="A file of models/adm, or the small one for cartoon avatars, 32 pixels, "
+                    "that comes with this pack.",
                 )
             ],
             outputs=[
@@ -97,9 +100,7 @@ class SDGEmptyPixelLatent(io.ComfyNode):
                 io.Int.Input(
                     "height", **size, tooltip="Height in pixels. The bundled model knows 32, published ADMs 256."
                 ),
-                io.Int.Input(
-                    "batch_size", default=1, min=1, max=4096, tooltip="How many pictures to sample at once."
-                ),
+                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="How many pictures to sample at once."),
             ],
             outputs=[io.Latent.Output("LATENT", tooltip="Connect to a sampler.")],
         )

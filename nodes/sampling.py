@@ -39,10 +39,91 @@ def to_strength(strength: str, cap: float) -> Strength:
     """The two widgets as one setting. Raises ValueError for relative strength without a size."""
     if strength == "relative" and cap == 0:
         raise ValueError(
-            "Relative strength shifts by cap times the model's own step, and cap is 0. Set cap above 0, for example 0.5, "
+            "Relative strength shifts by cap times the model's own step, and cap is 0. Set cap above "
+            "0, for example 0.5, "
             "or choose absolute."
         )
     return Strength(strength, cap or None)
+
+
+def noise_inputs() -> list[io.Input]:
+    """Model, seed, steps and cfg, as KSampler has them."""
+    return [
+        io.Model.Input("model", tooltip="A pixel model, for example from Load ADM."),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=True,
+            tooltip="Which noise to start from. The same seed gives the same picture.",
+        ),
+        io.Int.Input(
+            "steps",
+            default=20,
+            min=1,
+            max=10000,
+            tooltip="Number of sampling steps. More is finer and slower. Guided pictures want some more: 25 to 100.",
+        ),
+        io.Float.Input(
+            "cfg",
+            default=8.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            tooltip="The model's own pull from negative to positive. 1 is off. No effect "
+            "where negative is not connected.",
+        ),
+    ]
+
+
+def algorithm_inputs() -> list[io.Input]:
+    """Sampler and scheduler, as KSampler has them."""
+    return [
+        io.Combo.Input(
+            "sampler_name",
+            options=comfy.samplers.KSampler.SAMPLERS,
+            tooltip="The algorithm that removes the noise. All of them can be guided; euler is a good start.",
+        ),
+        io.Combo.Input(
+            "scheduler",
+            options=comfy.samplers.KSampler.SCHEDULERS,
+            tooltip="How the noise falls over the steps. normal is a good start for ADM.",
+        ),
+    ]
+
+
+def pull_inputs() -> list[io.Input]:
+    """What to pull towards: all of it optional, for a model that draws alone."""
+    return [
+        GuidanceSocket.Input("guidance", optional=True, tooltip="What to pull towards. Empty: a plain KSampler."),
+        io.Conditioning.Input(
+            "positive",
+            optional=True,
+            tooltip="The model's own prompt. Leave it empty for an ADM, which has none.",
+        ),
+        io.Conditioning.Input(
+            "negative",
+            optional=True,
+            tooltip="The model's own negative prompt. Leave it empty for an ADM, which has none.",
+        ),
+    ]
+
+
+def start_inputs() -> list[io.Input]:
+    """Latent and denoise, as KSampler has them."""
+    return [
+        io.Latent.Input("latent_image", tooltip="The latent to start from, for example Empty Pixel Latent."),
+        io.Float.Input(
+            "denoise",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="How much noise to put on the latent. 1 starts anew; lower keeps more of it.",
+        ),
+    ]
 
 
 class SDGGuidedKSampler(io.ComfyNode):
@@ -52,63 +133,13 @@ class SDGGuidedKSampler(io.ComfyNode):
             node_id="SDGGuidedKSampler",
             display_name="Guided KSampler (SDG)",
             category="SDG/sampling",
-            description="ComfyUI's KSampler under semantic guidance. Without guidance it gives exactly KSampler's picture.",
+            description="ComfyUI's KSampler under semantic guidance. Without guidance it gives "
+            "exactly KSampler's picture.",
             inputs=[
-                io.Model.Input("model", tooltip="A pixel model, for example from Load ADM."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Which noise to start from. The same seed gives the same picture.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=20,
-                    min=1,
-                    max=10000,
-                    tooltip="Number of sampling steps. More is finer and slower. Guided pictures want some more: 25 to 100.",
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=8.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="The model's own pull from negative to positive. 1 is off. No effect where negative is not connected.",
-                ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=comfy.samplers.KSampler.SAMPLERS,
-                    tooltip="The algorithm that removes the noise. All of them can be guided; euler is a good start.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    tooltip="How the noise falls over the steps. normal is a good start for ADM.",
-                ),
-                GuidanceSocket.Input(
-                    "guidance", optional=True, tooltip="What to pull towards. Empty: a plain KSampler."
-                ),
-                io.Conditioning.Input(
-                    "positive", optional=True, tooltip="The model's own prompt. Leave it empty for an ADM, which has none."
-                ),
-                io.Conditioning.Input(
-                    "negative",
-                    optional=True,
-                    tooltip="The model's own negative prompt. Leave it empty for an ADM, which has none.",
-                ),
-                io.Latent.Input("latent_image", tooltip="The latent to start from, for example Empty Pixel Latent."),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="How much noise to put on the latent. 1 starts anew; lower keeps more of it.",
-                ),
+                *noise_inputs(),
+                *algorithm_inputs(),
+                *pull_inputs(),
+                *start_inputs(),
                 *strength_inputs(),
             ],
             outputs=[io.Latent.Output("LATENT", tooltip="The sampled latent.")],
@@ -135,7 +166,16 @@ class SDGGuidedKSampler(io.ComfyNode):
         if guidance is not None:
             model = host.attach(model, guidance, to_strength(strength, cap))
         (latent,) = nodes.common_ksampler(
-            model, seed, steps, conds.cfg, sampler_name, scheduler, conds.positive, conds.negative, latent_image, denoise
+            model,
+            seed,
+            steps,
+            conds.cfg,
+            sampler_name,
+            scheduler,
+            conds.positive,
+            conds.negative,
+            latent_image,
+            denoise,
         )
         return io.NodeOutput(latent)
 
@@ -147,19 +187,20 @@ class SDGApplyGuidance(io.ComfyNode):
             node_id="SDGApplyGuidance",
             display_name="Apply Guidance (SDG)",
             category="SDG/guidance",
-            description="Gives a MODEL that any sampler node samples guided. Use it for KSampler (Advanced) or custom sampling.",
+            description="Gives a MODEL that any sampler node samples guided. Use it for KSampler "
+            "(Advanced) or custom sampling.",
             inputs=[
                 io.Model.Input("model", tooltip="A pixel model, for example from Load ADM."),
                 GuidanceSocket.Input("guidance", tooltip="What to pull towards."),
                 *strength_inputs(),
             ],
-            outputs=[io.Model.Output("MODEL", tooltip="The model under guidance. The one that came in stays as it is.")],
+            outputs=[
+                io.Model.Output("MODEL", tooltip="The model under guidance. The one that came in stays as it is.")
+            ],
         )
 
     @classmethod
-    def execute(
-        cls, model: ModelPatcher, guidance: host.HostGuidance, strength: str, cap: float
-    ) -> io.NodeOutput:
+    def execute(cls, model: ModelPatcher, guidance: host.HostGuidance, strength: str, cap: float) -> io.NodeOutput:
         return io.NodeOutput(host.attach(model, guidance, to_strength(strength, cap)))
 
 
@@ -170,13 +211,15 @@ class SDGPaperSampler(io.ComfyNode):
             node_id="SDGPaperSampler",
             display_name="Paper Sampler (SDG)",
             category="SDG/sampling",
-            description="The paper's ancestral sampler with learned variance, for SamplerCustom. Use it to reproduce SDG "
+            description="The paper's ancestral sampler with learned variance, for SamplerCustom. Use "
+            "it to reproduce SDG "
             "with an ADM. The cap of other nodes does not apply here.",
             inputs=[
                 GuidanceSocket.Input(
                     "guidance",
                     optional=True,
-                    tooltip="What to pull towards, at its plain scale: strength and cap don't apply in this sampler. Empty: unguided.",
+                    tooltip="What to pull towards, at its plain scale: strength and cap don't apply "
+                    "in this sampler. Empty: unguided.",
                 )
             ],
             outputs=[io.Sampler.Output("SAMPLER", tooltip="Connect to SamplerCustom or SamplerCustomAdvanced.")],

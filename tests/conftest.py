@@ -1,4 +1,4 @@
-"""Makes ``sdg_core`` importable without putting the repository on sys.path, where its ``nodes`` would hide ComfyUI's."""
+"""Makes ``sdg_core`` importable without the repository on sys.path, where its ``nodes`` would hide ComfyUI's."""
 
 from __future__ import annotations
 

@@ -13,9 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from sdg_core.adm import ADMConfig, ADMUNet
 from sdg_core.checkpoint import save, save_noisy_clip
 from sdg_core.noisy_clip import NoisyCLIP, NoisyCLIPConfig, build_clip
+
+torch.set_num_threads(1)  # the models are small, and more threads get in each other's way
 
 ROOT = Path(__file__).parents[2]
 PLACE = Path.home() / "comfy/ComfyUI"
@@ -82,7 +85,6 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
 @pytest.fixture(scope="session")
 def comfy(comfyui_path: Path, models_folder: Path, tmp_path_factory) -> SimpleNamespace:
     """ComfyUI's modules, on the CPU, with the random models in reach."""
-    torch.set_num_threads(1)
     sys.path.insert(0, str(comfyui_path))
     import comfy.cli_args
 
@@ -104,9 +106,7 @@ def comfy(comfyui_path: Path, models_folder: Path, tmp_path_factory) -> SimpleNa
 def pack(comfy: SimpleNamespace) -> SimpleNamespace:
     """The node pack: its node classes by id, and its modules."""
     name = str(ROOT).replace(".", "_x_")
-    spec = importlib.util.spec_from_file_location(
-        name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
+    spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

@@ -163,8 +163,8 @@ def text_example() -> None:
 
 def content_example() -> None:
     graph = Graph()
-    m = models(graph, "Variations of a picture. The first row samples a reference; put Load Image in its place to use "
-                      "a picture of your own.\n\nContent Guidance follows what the reference shows, not its pixels.")  # fmt: skip
+    m = models(graph, "Variations of a picture. The first row samples a reference; put Load Image "
+                      "in its place to use a picture of your own.\n\nContent Guidance follows what it shows, not its pixels.")  # fmt: skip
     image = reference(graph, m, 0, "a person with red hair, yellow background", 3, "1. A reference")
     guidance = graph.add(
         "SDGContentGuidance", "Content Guidance (SDG)", (400, 800), [DEFAULTS["CONTENT_SCALE"], 0.0, 1.0],
@@ -177,7 +177,7 @@ def content_example() -> None:
 def style_and_structure_example() -> None:
     graph = Graph()
     m = models(graph, "The layout of one picture in the style of another. Both references are sampled here; put Load "
-                      "Image in their place to use your own.\n\nThe weights of Combine Guidance balance the two.")  # fmt: skip
+                      "Image in their place to use your own.\n\nWeights balance the two.")  # fmt: skip
     layout = reference(graph, m, 0, "flat cartoon with long hair and orange background", 3, "1. A reference for layout")
     look = reference(graph, m, 800, "pixel art with green background", 5, "2. A reference for style")
     structure = graph.add(

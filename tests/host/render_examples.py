@@ -35,7 +35,9 @@ def main(host: Path) -> None:
                 files = server.pictures(entry)
                 if not files:
                     raise RuntimeError(f"{path.name} gave no picture: {json.dumps(entry['status'])}")
-                grid([Image.open(io.BytesIO(f)).convert("RGB") for f in files]).save(path.with_suffix(".jpg"), quality=90)
+                grid([Image.open(io.BytesIO(f)).convert("RGB") for f in files]).save(
+                    path.with_suffix(".jpg"), quality=90
+                )
                 print(path.with_suffix(".jpg").name)
 
 

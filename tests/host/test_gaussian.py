@@ -140,6 +140,8 @@ def test_flow_with_another_noise_scale_follows_the_posterior(gaussian_model, sam
     model = gaussian_model("FLOW")
     scale = 2.0
     model.model.model_sampling.noise_scale = scale
+    if model.model.model_sampling.noise_scaling(torch.tensor([0.5]), torch.ones(1), torch.zeros(1)) != 0.5 * scale:
+        pytest.skip("This ComfyUI has no flow models with another noise scale (0.21.1 and newer do).")
 
     def forward(xc, t, **unused):
         net = model.model.diffusion_model

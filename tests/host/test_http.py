@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
+
 from sdg_core import checkpoint, guidance, sampling
 from sdg_core.guide import GuidanceRun, Strength
 from sdg_core.schedule import Convention
-from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
+KINDS = ("adm", "noisy_clip")
 
 spec = importlib.util.spec_from_file_location("sdg_test_server", Path(__file__).with_name("server.py"))
 tools = importlib.util.module_from_spec(spec)
@@ -30,13 +32,19 @@ spec.loader.exec_module(tools)
 
 
 @pytest.fixture(scope="module")
-def installed(models_folder, tmp_path_factory) -> Path:
+def random_weights() -> bool:
+    """Whether the bundled weights are missing."""
+    return not all((checkpoint.BUNDLED / f"{kind}.safetensors").is_file() for kind in KINDS)
+
+
+@pytest.fixture(scope="module")
+def installed(models_folder, random_weights, tmp_path_factory) -> Path:
     """A base directory with the pack, whose bundled weights are stood in for by random ones where they are missing."""
     base = tmp_path_factory.mktemp("base")
     avatars = tools.install(base) / "sdg_core/avatars"
     avatars.mkdir(exist_ok=True)
-    for kind in ("adm", "noisy_clip"):
-        if not (avatars / f"{kind}.safetensors").is_file():
+    if random_weights:
+        for kind in KINDS:
             shutil.copy(models_folder / kind / "random.safetensors", avatars / f"{kind}.safetensors")
     return base
 
@@ -83,7 +91,9 @@ def evaluate(installed) -> Callable[[dict, str], Tensor]:
 
     def sample(values, prompt):
         terms = go(prompt, values["guidance"][0])
-        state = GuidanceRun(terms, Convention.VE, sampling.percent_to_sigma(denoiser.table), Strength(cap=values["cap"]))
+        state = GuidanceRun(
+            terms, Convention.VE, sampling.percent_to_sigma(denoiser.table), Strength(cap=values["cap"])
+        )
         sigmas = sampling.normal_sigmas(denoiser.table, values["steps"])
         size = prompt[values["latent_image"][0]]["inputs"]
         generator = torch.Generator().manual_seed(values["seed"])
@@ -106,8 +116,10 @@ def evaluate(installed) -> Callable[[dict, str], Tensor]:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_example_gives_the_cores_picture(server, info, evaluate, name):
+def test_example_gives_the_cores_picture(server, info, evaluate, random_weights, name):
     prompt = tools.to_prompt(example(name), info)
+    for node in prompt.values() if random_weights else ():  # a long run under a random encoder is chaotic
+        node["inputs"] |= {"steps": 3} if "steps" in node["inputs"] else {}
     entry = server.run(prompt)
     assert entry["status"]["status_str"] == "success", entry["status"]
     files = server.pictures(entry)

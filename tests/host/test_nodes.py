@@ -41,7 +41,9 @@ def test_guided_ksampler_has_ksamplers_inputs_with_their_defaults(comfy, pack):
         assert name in ours
         if options and "default" in options[0] and kind in ("INT", "FLOAT"):
             mine = ours[name].as_dict()
-            assert {k: mine[k] for k in ("default", "min", "max")} == {k: options[0][k] for k in ("default", "min", "max")}
+            assert {k: mine[k] for k in ("default", "min", "max")} == {
+                k: options[0][k] for k in ("default", "min", "max")
+            }
 
 
 def wrong(run, message, node_id, **inputs):
@@ -95,7 +97,9 @@ def sampled(run, model, guidance, latent, **changes):
         "seed": 0, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
         "strength": "absolute", "cap": 1.0, "positive": BLANK, "negative": BLANK,
     }  # fmt: skip
-    return run("SDGGuidedKSampler", model=model, guidance=guidance, latent_image={"samples": latent}, **(inputs | changes))
+    return run(
+        "SDGGuidedKSampler", model=model, guidance=guidance, latent_image={"samples": latent}, **(inputs | changes)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +116,9 @@ def other_model(comfy, adm):
         latent = type("Latent", (type(adm.model.latent_format),), {"latent_channels": channels})()
         model.add_object_patch("latent_format", latent)
         if kind:
-            sampling = type("Sampling", (comfy.model_sampling.ModelSamplingDiscreteFlow, getattr(comfy.model_sampling, kind)), {})
+            sampling = type(
+                "Sampling", (comfy.model_sampling.ModelSamplingDiscreteFlow, getattr(comfy.model_sampling, kind)), {}
+            )
             model.add_object_patch("model_sampling", sampling())
         return model
 

@@ -66,7 +66,9 @@ def test_guidance_changes_the_picture(sample, adm, four_kinds):
         assert (sample(adm, guidance) - plain).abs().mean() > 1e-4
 
 
-def test_without_guidance_or_scale_every_sampler_and_scheduler_gives_the_hosts_bits(comfy, run, sample, adm, noisy_clip):
+def test_without_guidance_or_scale_every_sampler_and_scheduler_gives_the_hosts_bits(
+    comfy, run, sample, adm, noisy_clip
+):
     off = run("SDGTextGuidance", noisy_clip=noisy_clip, text="a red hat", scale=0.0, **WHOLE)
     on = run("SDGTextGuidance", noisy_clip=noisy_clip, text="a red hat", scale=9.0, **WHOLE)
     silent = [None, off, combined(run, [on, off], [0.0, 1.0])]
@@ -215,7 +217,7 @@ def test_gradient_memory_is_reserved(pack, adm, noisy_clip):
     reserve = pack.host._memory_reserver((noisy_clip,))
     reserve(lambda model, shape, conds: asked.append(shape), adm, torch.Size([4, 3, 16, 16]), {})
     needed = 4 * pack.host.activation_bytes(noisy_clip.model)
-    (batch, *rest), = asked
+    ((batch, *rest),) = asked
     assert rest == [3, 16, 16]
     assert adm.memory_required([2 * (batch - 4), *rest]) >= needed > 0
 
