@@ -146,7 +146,7 @@ def reference(graph: Graph, models: Models, y: int, prompt: str, seed: int, titl
 
 
 def result(graph: Graph, models: Models, y: int, guidance: int, seed: int, name: str, title: str) -> None:
-    graph.group(title, 380, y - 80, 1740, 780)
+    graph.group(title, 380, y - 80, 1740, 840)
     image = sampler(graph, models, (800, y), guidance, 4, seed)
     enlarged(graph, image, (1160, y + 100), name)
 
@@ -163,8 +163,8 @@ def text_example() -> None:
 
 def content_example() -> None:
     graph = Graph()
-    m = models(graph, "Variations of a picture. The first row samples a reference; put Load Image "
-                      "in its place to use a picture of your own.\n\nContent Guidance follows what it shows, not its pixels.")  # fmt: skip
+    m = models(graph, "Variations of a picture. The first row samples a reference; Load Image can take its place.\n\n"
+                      "Content Guidance follows what it shows, not its pixels.")  # fmt: skip
     image = reference(graph, m, 0, "a person with red hair, yellow background", 3, "1. A reference")
     guidance = graph.add(
         "SDGContentGuidance", "Content Guidance (SDG)", (400, 800), [DEFAULTS["CONTENT_SCALE"], 0.0, 1.0],

@@ -82,6 +82,11 @@ def test_wrong_files_are_explained(run, models_folder, tmp_path_factory):
     wrong(run, "Not a guided-diffusion checkpoint", "SDGLoadADM", adm_name="other.pt")
 
 
+def test_missing_bundled_weights_are_explained(run, pack, monkeypatch, tmp_path):
+    monkeypatch.setattr(pack.host, "BUNDLED", tmp_path)
+    wrong(run, "bundled model adm.safetensors is missing", "SDGLoadADM", adm_name=pack.host.BUNDLED_NAME)
+
+
 def test_loaders_notice_a_changed_file(pack, models_folder):
     import os
 
