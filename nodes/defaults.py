@@ -1,12 +1,20 @@
-"""Default scales of the guidance nodes, and their range. The scores are dimensionless, see ``sdg_core.guidance``."""
+"""Defaults of the guidance nodes, and the range of their scales. The measured values are ``sdg_core.guidance``'s."""
 
-TEXT_SCALE = 150.0
-CONTENT_SCALE = 200.0
-STRUCTURE_SCALE = 1000.0
-STYLE_SCALE = 3000.0
+from ..sdg_core.guidance import DEFAULT_INTERVAL, DEFAULT_SCALE, StructureGuidance, StyleGuidance
 
-STRUCTURE_LAYERS = "4"
-STYLE_LAYERS = "4,5"
+TEXT_SCALE = DEFAULT_SCALE["text"]
+CONTENT_SCALE = DEFAULT_SCALE["content"]
+STRUCTURE_SCALE = DEFAULT_SCALE["structure"]
+STYLE_SCALE = DEFAULT_SCALE["style"]
+
+TEXT_INTERVAL = DEFAULT_INTERVAL["text"]
+CONTENT_INTERVAL = DEFAULT_INTERVAL["content"]
+STRUCTURE_INTERVAL = DEFAULT_INTERVAL["structure"]
+STYLE_INTERVAL = DEFAULT_INTERVAL["style"]
+
+STRUCTURE_LAYERS = ",".join(map(str, StructureGuidance.layers))
+STYLE_LAYERS = ",".join(map(str, StyleGuidance.layers))
+STYLE_CENTRED = StyleGuidance.centred
 
 SCALE_MIN, SCALE_MAX, SCALE_STEP = -10_000.0, 100_000.0, 10.0
 

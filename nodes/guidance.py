@@ -49,18 +49,18 @@ def layers_input(default: str, tooltip: str) -> io.Input:
     return io.String.Input("layers", default=default, tooltip=tooltip)
 
 
-def interval_inputs() -> list[io.Input]:
+def interval_inputs(start: float, end: float) -> list[io.Input]:
     fraction = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
     return [
         io.Float.Input(
             "start_percent",
-            default=0.0,
+            default=start,
             **fraction,
             tooltip="Guide from this part of the run on. 0 is pure noise; higher leaves the layout to the model.",
         ),
         io.Float.Input(
             "end_percent",
-            default=1.0,
+            default=end,
             **fraction,
             tooltip="Guide up to this part of the run. 1 is the finished picture; lower leaves fine "
             "detail to the model.",
@@ -99,7 +99,7 @@ class SDGTextGuidance(io.ComfyNode):
                     "How strongly to follow the text. Higher follows closer and varies less; 0 is off, "
                     "negative pushes away. Usual: 50 to 300.",
                 ),
-                *interval_inputs(),
+                *interval_inputs(*defaults.TEXT_INTERVAL),
             ],
             outputs=[guidance_output()],
         )
@@ -129,9 +129,9 @@ class SDGContentGuidance(io.ComfyNode):
                 scale_input(
                     defaults.CONTENT_SCALE,
                     "How strongly to follow the content. Higher is closer to the reference; 0 is off, "
-                    "negative pushes away. Usual: 100 to 400.",
+                    "negative pushes away. Usual: 100 to 500.",
                 ),
-                *interval_inputs(),
+                *interval_inputs(*defaults.CONTENT_INTERVAL),
             ],
             outputs=[guidance_output()],
         )
@@ -158,14 +158,14 @@ class SDGStructureGuidance(io.ComfyNode):
                 scale_input(
                     defaults.STRUCTURE_SCALE,
                     "How strongly to follow the layout. Higher is closer to the reference; 0 is off, "
-                    "negative pushes away. Usual: 300 to 3000.",
+                    "negative pushes away. Usual: 100 to 500.",
                 ),
                 layers_input(
                     defaults.STRUCTURE_LAYERS,
                     "Feature maps to compare, from 1, separated by commas. "
                     "Shallow ones fix strokes and colours, deep ones parts and layout. Usual: 3 or 4.",
                 ),
-                *interval_inputs(),
+                *interval_inputs(*defaults.STRUCTURE_INTERVAL),
             ],
             outputs=[guidance_output()],
         )
@@ -199,17 +199,17 @@ class SDGStyleGuidance(io.ComfyNode):
                 scale_input(
                     defaults.STYLE_SCALE,
                     "How strongly to follow the style. Higher is closer to the reference; 0 is off, "
-                    "negative pushes away. Usual: 1000 to 10000.",
+                    "negative pushes away. Usual: 300 to 1000.",
                 ),
                 layers_input(
                     defaults.STYLE_LAYERS,
                     "Feature maps to compare, from 1, separated by commas. "
-                    "Shallow ones carry strokes and palette, deep ones parts. Usual: 4,5.",
+                    "Shallow ones carry strokes and palette, deep ones parts. Usual: 5.",
                 ),
-                *interval_inputs(),
+                *interval_inputs(*defaults.STYLE_INTERVAL),
                 io.Boolean.Input(
                     "centred",
-                    default=True,
+                    default=defaults.STYLE_CENTRED,
                     tooltip="Leave out each feature's mean: less of the reference's layout and palette comes along. "
                     "Off: the paper's Gram matrix.",
                 ),

@@ -175,17 +175,12 @@ def one_attribute(world: World, samples: int) -> list[Suite]:
     """`text/<attribute>` where the judge can judge, their mean, and what over-guidance would cost."""
     fit = judge_accuracy(world)
     names = [name for name in ATTRIBUTES if fit[name] >= JUDGE_BAR]
-    found: dict[str, tuple[Row, list[tuple[float, float]], float, float]] = {}
+    found: dict[str, tuple[Row, list[tuple[float, float]], float]] = {}
 
     def collect(name: str) -> Callable[..., list[Row]]:
         def rows(hit: Tensor, twin_hit: Tensor, images: Tensor, twins: Tensor, jobs: list[Job]) -> list[Row]:
             row = Row(f"text/{name}", len(hit), float(hit.mean()), float(twin_hit.mean()), 0.9)
-            bank = world.judge.features(world.renders)
-            found[name] = (
-                row, spreads(world, images, twins, jobs),
-                float(nearest(world.judge.features(images), bank).mean()),
-                float(nearest(world.judge.features(twins), bank).mean()),
-            )  # fmt: skip
+            found[name] = (row, spreads(world, images, twins, jobs), farther(world, images, twins))
             return [row] + (overall(list(found.values())) if name == names[-1] else [])
 
         return rows
@@ -194,17 +189,23 @@ def one_attribute(world: World, samples: int) -> list[Suite]:
     return [text_suite(world, wishes[name], samples, collect(name)) for name in names]
 
 
-def overall(found: list[tuple[Row, list[tuple[float, float]], float, float]]) -> list[Row]:
+def overall(found: list[tuple[Row, list[tuple[float, float]], float]]) -> list[Row]:
     """Means over the attributes: accuracy, spread within a prompt over unguided, distance to the nearest render."""
     n = sum(row.n for row, *_ in found)
     value, unguided = (_mean([getattr(row, key) for row, *_ in found]) for key in ("value", "unguided"))
-    ratios = [_mean([a / b for a, b in pairs]) for _, pairs, _, _ in found]
-    near = _mean([a / b for _, _, a, b in found])
+    ratios = [_mean([a / b for a, b in pairs]) for _, pairs, _ in found]
     return [
         Row("text/one attribute", n, value, unguided, 0.9),
         Row("diversity", n, _mean(ratios), 1.0, 0.75),
-        Row("diversity/nearest render", n, near, 1.0, 1.12),
+        Row("diversity/nearest render", n, _mean([near for *_, near in found]), 1.0, 1.12),
     ]
+
+
+def farther(world: World, images: Tensor, twins: Tensor) -> float:
+    """Mean distance of the judge's features to the nearest held-out render, over that of the unguided twins."""
+    bank = world.judge.features(world.renders)
+    guided, plain = (float(nearest(world.judge.features(x), bank).mean()) for x in (images, twins))
+    return guided / plain
 
 
 def spreads(world: World, images: Tensor, twins: Tensor, jobs: list[Job]) -> list[tuple[float, float]]:
@@ -264,6 +265,7 @@ def content(world: World, samples: int) -> list[Suite]:
             Row("content", n, *_agreement(world, "background", images, twins, references), 0.9),
             Row("content/hair", n, *_agreement(world, "hair", images, twins, references), 0.8),
             Row("content/layout", n, *_means(layout_correlation, images, twins, references), None),
+            Row("content/nearest render", n, farther(world, images, twins), 1.0, 1.12),
         ]
 
     return [reference_suite(world, "content", samples, rows)]
@@ -271,7 +273,10 @@ def content(world: World, samples: int) -> list[Suite]:
 
 def structure(world: World, samples: int) -> list[Suite]:
     def rows(images: Tensor, twins: Tensor, references: Tensor) -> list[Row]:
-        return [Row("structure", len(images), *_means(layout_correlation, images, twins, references), 0.8)]
+        return [
+            Row("structure", len(images), *_means(layout_correlation, images, twins, references), 0.8),
+            Row("structure/nearest render", len(images), farther(world, images, twins), 1.0, 1.12),
+        ]
 
     return [reference_suite(world, "structure", samples, rows)]
 
@@ -285,6 +290,7 @@ def style(world: World, samples: int) -> list[Suite]:
             Row("style/histogram", n, *_means(histogram_overlap, images, twins, references), 0.55),
             Row("style/drawing style", n, *_agreement(world, "style", images, twins, references), 0.55),
             Row("style/layout", n, *_means(layout_correlation, images, twins, references), 0.4),
+            Row("style/nearest render", n, farther(world, images, twins), 1.0, 1.12),
         ]
 
     return [reference_suite(world, "style", samples, rows)]
@@ -323,21 +329,29 @@ def evaluate(
     processes = settings.processes or os.cpu_count() or 1
     result: list[Row] = []
     workers = ProcessPoolExecutor(processes, get_context("spawn"), _worker, (settings.models,))
+    twins: dict[tuple[int, ...], Tensor] = {}
     with workers as pool, torch.no_grad():
         for name in names:
             for suite in SUITES[name](world, settings.samples):
-                guided, plain = _with_twins(pool, suite.jobs, settings, functools.partial(progress, name))
+                guided, plain = _with_twins(pool, suite.jobs, twins, settings, functools.partial(progress, name))
                 result += suite.rows(guided, plain)
     return result
 
 
 def _with_twins(
-    pool: Executor, jobs: Sequence[Job], settings: Settings, progress: Callable[[int, int], None]
+    pool: Executor,
+    jobs: Sequence[Job],
+    twins: dict[tuple[int, ...], Tensor],
+    settings: Settings,
+    progress: Callable[[int, int], None],
 ) -> tuple[Tensor, Tensor]:
-    """The pictures of the jobs, and unguided ones from the same seeds, both in job order."""
-    seeds = sorted({job.seeds for job in jobs})
+    """The pictures of the jobs, and unguided ones from the same seeds, both in job order.
+
+    ``twins`` keeps the unguided ones by their seeds, for suites that share them.
+    """
+    seeds = sorted({job.seeds for job in jobs} - set(twins))
     made = pictures(pool, [*jobs, *(Job((), s) for s in seeds)], settings, progress)
-    twins = dict(zip(seeds, made[len(jobs) :], strict=True))
+    twins.update(zip(seeds, made[len(jobs) :], strict=True))
     return torch.cat(made[: len(jobs)]), torch.cat([twins[job.seeds] for job in jobs])
 
 

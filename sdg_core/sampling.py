@@ -56,11 +56,11 @@ class ADMDenoiser:
         """Denoised and the variance fraction at sigma (B,), read at the nearest timestep of training."""
         with torch.no_grad():
             s = expand(sigma.float(), x)
-            norm = (1 + s.square()).sqrt()
-            out = self.unet(x / norm, self.table.timestep(sigma).round())
+            power = s.square() + 1
+            out = self.unet(x / power.sqrt(), self.table.timestep(sigma).round())
         mean, variance = out.chunk(2, dim=1) if self.unet.config.learn_sigma else (out, None)
         eps = self.unet.config.prediction == "eps"
-        denoised = x - s * mean if eps else x / norm.square() - s / norm * mean
+        denoised = x - mean * s if eps else x / power - mean * s / power.sqrt()
         return Prediction(denoised.clamp(-1, 1), None if variance is None else (variance + 1) / 2)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -73,9 +73,14 @@ def guided(denoise: Denoise, run: GuidanceRun) -> Denoise:
 
 
 def normal_sigmas(table: TimestepTable, steps: int) -> Tensor:
-    """ComfyUI's "normal" schedule: timesteps from the last to the first, equally spaced, then 0: (steps + 1,)."""
-    t = torch.linspace(len(table.ratio) - 1, 0, steps)
-    return torch.cat([table.sigma(t).float(), torch.zeros(1)])
+    """ComfyUI's "normal" schedule: timesteps from the last to the first, equally spaced, then 0: (steps + 1,).
+
+    Interpolated in float32 with the host's operations: guidance amplifies the last bit of a sigma.
+    """
+    log_ratio = table.ratio.log().float()
+    t = torch.linspace(len(log_ratio) - 1, 0, steps)
+    low, high, w = log_ratio[t.floor().long()], log_ratio[t.ceil().long()], t.frac()
+    return torch.cat([((1 - w) * low + w * high).exp(), torch.zeros(1)])
 
 
 def percent_to_sigma(table: TimestepTable) -> Callable[[float], float]:

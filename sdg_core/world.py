@@ -14,7 +14,16 @@ from PIL import Image
 from torch import Tensor
 
 from .checkpoint import BUNDLED, load_adm, load_judge, load_noisy_clip
-from .guidance import DEFAULT_SCALE, ContentGuidance, Guidance, StructureGuidance, StyleGuidance, Term, TextGuidance
+from .guidance import (
+    DEFAULT_INTERVAL,
+    DEFAULT_SCALE,
+    ContentGuidance,
+    Guidance,
+    StructureGuidance,
+    StyleGuidance,
+    Term,
+    TextGuidance,
+)
 from .guide import GuidanceRun, Strength
 from .judge import Judge
 from .noisy_clip import NoisyCLIP
@@ -46,9 +55,9 @@ class World:
     labels: Tensor
 
     def term(self, pull: Pull) -> Term:
-        """The pull as a term, at the default scale of its kind unless it has its own."""
+        """The pull as a term, at the default scale and interval of its kind unless it has its own scale."""
         scale = DEFAULT_SCALE[pull.kind] if pull.scale is None else pull.scale
-        return Term(self._guidance(pull), self.encoder, scale)
+        return Term(self._guidance(pull), self.encoder, scale, *DEFAULT_INTERVAL[pull.kind])
 
     def _guidance(self, pull: Pull) -> Guidance:
         if isinstance(pull.target, str):

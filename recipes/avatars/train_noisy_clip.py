@@ -1,7 +1,10 @@
 """The NoisyCLIP of the bundled world: self-supervised fine-tuning of the small CLIP, as in SDG section 3.3.
 
-The student sees x_t and t, the frozen teacher the clean picture: symmetric InfoNCE at logits x100, plus
-10 (1 - cosine), which keeps the embedding where the text tower expects it. No captions.
+The student sees x_t and t, the frozen teacher the clean picture: symmetric InfoNCE at logits x100, plus a multiple of
+1 - cosine, which keeps the embedding where the text tower expects it. No captions.
+
+Two phases: t uniform over the schedule, as in the paper; then the noise uniform in its angle, arctan(sigma / alpha). In
+the linear schedule half of all t show nothing of the picture, and their loss is noise for the rest.
 
 `python train_noisy_clip.py --data DIR --out DIR` needs the checkpoint of train_clip.py in --out.
 """
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import open_clip
@@ -28,7 +32,23 @@ from train_clip import shifted
 from sdg_core.noisy_clip import NoisyCLIP, NoisyCLIPConfig, noisy
 
 CONFIG = NoisyCLIPConfig(clip=train_clip.CONFIG, noise_size=train_clip.NOISE_SIZE, hidden=128, sinusoid=128)
-COSINE_WEIGHT = 10.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of the training: where it is kept, images seen, learning rate, weight of 1 - cosine, how t is drawn."""
+
+    name: str
+    images: int
+    lr: float
+    cosine_weight: float
+    by_angle: bool
+
+
+PHASES = (
+    Phase("noisy_clip_uniform", 200_000, 6e-4, 10.0, by_angle=False),
+    Phase("noisy_clip", 160_000, 5e-4, 50.0, by_angle=True),
+)
 
 
 def trained_clip(out: Path, labels) -> tuple[torch.nn.Module, Tensor]:
@@ -42,21 +62,28 @@ def trained_clip(out: Path, labels) -> tuple[torch.nn.Module, Tensor]:
 class Loss:
     """InfoNCE between noisy and clean embeddings of the same pictures, and their cosine."""
 
-    def __init__(self, student: NoisyCLIP, teacher: NoisyCLIP, images: Tensor, batch: int) -> None:
+    def __init__(self, student: NoisyCLIP, teacher: NoisyCLIP, images: Tensor, batch: int, phase: Phase) -> None:
         self.student, self.teacher, self.images, self.batch = student, teacher, images, batch
+        self.phase = phase
         self.info_nce = open_clip.ClipLoss()
 
     def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, str]:
         index = torch.randint(len(self.images), (self.batch,), generator=generator)
         x_0 = shifted(self.images[index].float() / 127.5 - 1, generator)
-        t = 999 * torch.rand(self.batch, generator=generator)
+        t = self.draw_t(torch.rand(self.batch, generator=generator))
         x_t = noisy(x_0, torch.randn(x_0.shape, generator=generator), t, self.student.table)
         with torch.no_grad():
             clean = embed(self.teacher, x_0, torch.zeros(1))
         seen = embed(self.student, x_t, t)
         contrast = self.info_nce(seen, clean, torch.tensor(100.0))
         cosine = (seen * clean).sum(1).mean()
-        return contrast + COSINE_WEIGHT * (1 - cosine), f"info_nce {contrast.item():.3f} cosine {cosine.item():.3f}"
+        text = f"info_nce {contrast.item():.3f} cosine {cosine.item():.3f}"
+        return contrast + self.phase.cosine_weight * (1 - cosine), text
+
+
+    def draw_t(self, u: Tensor) -> Tensor:
+        """t (B,) from uniform numbers (B,)."""
+        return self.student.table.timestep((u * torch.pi / 2).tan()) if self.phase.by_angle else 999 * u
 
 
 def embed(model: NoisyCLIP, image: Tensor, t: Tensor) -> Tensor:
@@ -76,16 +103,17 @@ def retrieval(model: NoisyCLIP, teacher: NoisyCLIP, images: Tensor, t: float) ->
     return f"@1 {rank[:, :1].any(1).float().mean():.3f} @5 {rank[:, :5].any(1).float().mean():.3f} cos {cosine:.3f}"
 
 
-def job(rank: int, processes: int, data: Path, out: Path, images: int) -> None:
-    plan = Plan(out / "noisy_clip.pt", images, batch=128, lr=6e-4, seed=3)
-    torch.manual_seed(plan.seed)
+def job(rank: int, processes: int, data: Path, out: Path) -> None:
+    torch.manual_seed(3)
     pictures, labels = load(data, "train")
     clip, _ = trained_clip(out, labels)
     teacher = NoisyCLIP(CONFIG, copy.deepcopy(clip)).eval().requires_grad_(False)
     student = NoisyCLIP(CONFIG, clip).eval()  # eval: the batch statistics stay the teacher's
     student.text.requires_grad_(False)
     pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
-    student.load_state_dict(train(plan, student, Loss(student, teacher, pictures, plan.share)))
+    for phase in PHASES:
+        plan = Plan(out / f"{phase.name}.pt", phase.images, batch=128, lr=phase.lr, seed=3)
+        student.load_state_dict(train(plan, student, Loss(student, teacher, pictures, plan.share, phase)))
     held_out = torch.from_numpy(load(data, "test")[0]).permute(0, 3, 1, 2)
     for t in (0, 100, 300, 500, 700, 900):
         print(t, "noisy", retrieval(student, teacher, held_out, t), "clean", retrieval(teacher, teacher, held_out, t))
@@ -95,6 +123,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=200_000)
     args = parser.parse_args()
-    spawn(lambda rank, n: job(rank, n, args.data, args.out, args.images), 1)
+    spawn(lambda rank, n: job(rank, n, args.data, args.out), 1)

@@ -1,4 +1,4 @@
-"""Writes example_workflows/*.json in the format of ComfyUI's frontend, with the default scales of nodes/defaults.py.
+"""Writes example_workflows/*.json in the format of ComfyUI's frontend, with the default scales.
 
 `python tests/host/make_workflows.py`
 """
@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 import json
-import runpy
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-DEFAULTS = runpy.run_path(str(ROOT / "nodes/defaults.py"))
+sys.path.insert(0, str(ROOT))
+
+from sdg_core.guidance import DEFAULT_INTERVAL, DEFAULT_SCALE, StructureGuidance, StyleGuidance  # noqa: E402
+
+STRUCTURE_LAYERS, STYLE_LAYERS = (",".join(map(str, kind.layers)) for kind in (StructureGuidance, StyleGuidance))
 BUNDLED = "avatars (bundled)"
 SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     "SDGLoadADM": ([], [("MODEL", "MODEL"), ("blank", "CONDITIONING")]),
@@ -42,6 +46,11 @@ SIZES = {
     "VAEDecode": (300, 60), "ImageScale": (300, 140), "PreviewImage": (300, 300), "SaveImage": (560, 640),
     "Note": (340, 190),
 }  # fmt: skip
+
+
+def settings(kind: str, *layers: str) -> list:
+    """Default widget values of a guidance node: scale, layers if it has them, start and end."""
+    return [DEFAULT_SCALE[kind], *layers, *DEFAULT_INTERVAL[kind]]
 
 
 @dataclass
@@ -114,9 +123,9 @@ def sampler(graph: Graph, models: Models, at: tuple[int, int], guidance: int, ba
     """Empty latent, Guided KSampler and VAE Decode; gives the decoded picture."""
     x, y = at
     latent = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (x, y + 420), [32, 32, batch])
-    settings = [seed, "fixed", 50, 1.0, "euler", "normal", 1.0, "absolute", DEFAULTS["CAP"]]
+    widgets = [seed, "fixed", 50, 1.0, "euler", "normal", 1.0, "absolute", 1.0]
     samples = graph.add(
-        "SDGGuidedKSampler", "Guided KSampler (SDG)", at, settings,
+        "SDGGuidedKSampler", "Guided KSampler (SDG)", at, widgets,
         model=models.adm, latent_image=latent, guidance=guidance,
     )  # fmt: skip
     return graph.add("VAEDecode", "VAE Decode", (x + 360, y), [], samples=samples, vae=models.vae)
@@ -133,7 +142,7 @@ def enlarged(graph: Graph, image: int, at: tuple[int, int], name: str = "") -> N
 
 
 def text(graph: Graph, models: Models, at: tuple[int, int], prompt: str, title: str = "Text Guidance (SDG)") -> int:
-    return graph.add("SDGTextGuidance", title, at, [prompt, DEFAULTS["TEXT_SCALE"], 0.0, 1.0], noisy_clip=models.clip)
+    return graph.add("SDGTextGuidance", title, at, [prompt, *settings("text")], noisy_clip=models.clip)
 
 
 def reference(graph: Graph, models: Models, y: int, prompt: str, seed: int, title: str) -> int:
@@ -167,7 +176,7 @@ def content_example() -> None:
                       "Content Guidance follows what it shows, not its pixels.")  # fmt: skip
     image = reference(graph, m, 0, "a person with red hair, yellow background", 3, "1. A reference")
     guidance = graph.add(
-        "SDGContentGuidance", "Content Guidance (SDG)", (400, 800), [DEFAULTS["CONTENT_SCALE"], 0.0, 1.0],
+        "SDGContentGuidance", "Content Guidance (SDG)", (400, 800), [*settings("content")],
         noisy_clip=m.clip, image=image,
     )  # fmt: skip
     result(graph, m, 800, guidance, 0, "content", "2. Sample variations of it")
@@ -182,11 +191,11 @@ def style_and_structure_example() -> None:
     look = reference(graph, m, 800, "pixel art with green background", 5, "2. A reference for style")
     structure = graph.add(
         "SDGStructureGuidance", "Structure Guidance (SDG)", (400, 1600),
-        [DEFAULTS["STRUCTURE_SCALE"], DEFAULTS["STRUCTURE_LAYERS"], 0.0, 1.0], noisy_clip=m.clip, image=layout,
+        [*settings("structure", STRUCTURE_LAYERS)], noisy_clip=m.clip, image=layout,
     )  # fmt: skip
     style = graph.add(
         "SDGStyleGuidance", "Style Guidance (SDG)", (400, 1830),
-        [DEFAULTS["STYLE_SCALE"], DEFAULTS["STYLE_LAYERS"], 0.0, 1.0, True], noisy_clip=m.clip, image=look,
+        [*settings("style", STYLE_LAYERS), StyleGuidance.centred], noisy_clip=m.clip, image=look,
     )  # fmt: skip
     both = graph.add(
         "SDGCombineGuidance", "Combine Guidance (SDG)", (400, 2090), [1.0, 1.0, 1.0, 1.0],
@@ -202,7 +211,7 @@ def text_and_image_example() -> None:
                       "stay closer to the picture, weight_2 to follow the text more.")  # fmt: skip
     image = reference(graph, m, 0, "a person with red hair, yellow background", 3, "1. A reference")
     content = graph.add(
-        "SDGContentGuidance", "Content Guidance (SDG)", (400, 800), [DEFAULTS["CONTENT_SCALE"], 0.0, 1.0],
+        "SDGContentGuidance", "Content Guidance (SDG)", (400, 800), [*settings("content")],
         noisy_clip=m.clip, image=image,
     )  # fmt: skip
     words = text(graph, m, (400, 1000), "a person with blue hair")

@@ -23,7 +23,6 @@ from sdg_core.schedule import Convention
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
-GENTLE = 3.0
 KINDS = ("adm", "noisy_clip")
 
 spec = importlib.util.spec_from_file_location("sdg_test_server", Path(__file__).with_name("server.py"))
@@ -100,7 +99,7 @@ def evaluate(installed) -> Callable[[dict, str], Tensor]:
         generator = torch.Generator().manual_seed(values["seed"])
         noise = torch.randn(size["batch_size"], 3, size["height"], size["width"], generator=generator)
         *_, last = sampling.euler(sampling.guided(denoiser, state), sampling.initial(noise, sigmas[0]), sigmas)
-        return last.x.clamp(-1, 1)
+        return ((last.x + 1) / 2).clamp(0, 1) * 2 - 1  # a picture of the host is 0..1: this rounds as it does
 
     def go(prompt: dict, number: str):
         kind, values = prompt[number]["class_type"], prompt[number]["inputs"]
@@ -127,11 +126,7 @@ def test_example_runs_as_it_is(server, info, name):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_gives_the_cores_picture(server, info, evaluate, name):
-    """With gentle guidance: at full scale it amplifies the last bit of a sigma until single pixels differ."""
     prompt = tools.to_prompt(example(name), info)
-    for node in prompt.values():
-        if "scale" in node["inputs"]:
-            node["inputs"]["scale"] = GENTLE
     files = server.pictures(server.run(prompt))
     seen = np.stack([pixels(file) for file in files])[:, 4::8, 4::8]
     (output,) = [number for number, node in prompt.items() if node["class_type"] == "SaveImage"]
@@ -139,7 +134,7 @@ def test_example_gives_the_cores_picture(server, info, evaluate, name):
     off = np.abs(seen.astype(int) - wanted)
     print(f"{name}: mean difference {off.mean():.3f}, largest {off.max():.1f} of 255")
     assert seen.shape == wanted.shape
-    assert off.mean() < 0.1
+    assert off.max() <= 1
 
 
 # Errors
