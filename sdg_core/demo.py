@@ -39,7 +39,7 @@ def demo_rows(world: World) -> list[DemoRow]:
         DemoRow(
             "Text + content",
             "a person with green hair",
-            (Pull("text", "a person with green hair"), Pull("content", face)),
+            (Pull("text", "a person with green hair", 300.0), Pull("content", face, 75.0)),
         ),
     ]
 
