@@ -86,7 +86,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=400_000)
+    parser.add_argument("--images", type=int, default=240_000)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="a third faster after two minutes of compiling")
     args = parser.parse_args()
