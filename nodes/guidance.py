@@ -199,7 +199,7 @@ class SDGStyleGuidance(io.ComfyNode):
                 scale_input(
                     defaults.STYLE_SCALE,
                     "How strongly to follow the style. Higher is closer to the reference; 0 is off, "
-                    "negative pushes away. Usual: 300 to 1000.",
+                    "negative pushes away. Usual: 500 to 2000.",
                 ),
                 layers_input(
                     defaults.STYLE_LAYERS,

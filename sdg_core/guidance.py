@@ -19,7 +19,7 @@ from .features import Features, gram, squared_distance, squared_size
 from .noisy_clip import unit
 from .schedule import TimestepTable
 
-DEFAULT_SCALE = {"text": 150.0, "content": 300.0, "structure": 300.0, "style": 600.0}
+DEFAULT_SCALE = {"text": 200.0, "content": 300.0, "structure": 300.0, "style": 1000.0}
 """Scales that the bundled models were measured at, by kind of guidance."""
 
 DEFAULT_INTERVAL = {"text": (0.2, 0.6), "content": (0.0, 1.0), "structure": (0.0, 1.0), "style": (0.0, 1.0)}

@@ -216,7 +216,7 @@ def text_and_image_example() -> None:
     )  # fmt: skip
     words = text(graph, m, (400, 1000), "a person with blue hair")
     both = graph.add(
-        "SDGCombineGuidance", "Combine Guidance (SDG)", (400, 1280), [0.25, 2.0, 1.0, 1.0],
+        "SDGCombineGuidance", "Combine Guidance (SDG)", (400, 1280), [0.25, 1.5, 1.0, 1.0],
         guidance_1=content, guidance_2=words,
     )  # fmt: skip
     result(graph, m, 800, both, 0, "text_and_image", "2. Its content, with the hair of the text")
