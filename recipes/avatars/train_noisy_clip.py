@@ -80,7 +80,6 @@ class Loss:
         text = f"info_nce {contrast.item():.3f} cosine {cosine.item():.3f}"
         return contrast + self.phase.cosine_weight * (1 - cosine), text
 
-
     def draw_t(self, u: Tensor) -> Tensor:
         """t (B,) from uniform numbers (B,)."""
         return self.student.table.timestep((u * torch.pi / 2).tan()) if self.phase.by_angle else 999 * u
