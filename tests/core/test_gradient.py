@@ -22,7 +22,7 @@ def text_structure_style(encoder, embed: Tensor) -> tuple[Term, ...]:
     guidances = (
         TextGuidance(F.normalize(embed, dim=-1)),
         StructureGuidance(IMAGE, layers=(1, 2)),
-        StyleGuidance(IMAGE, layers=(2,)),
+        StyleGuidance(IMAGE, layers=(2,), centred=True),
     )
     return tuple(Term(guidance, encoder, 1.0) for guidance in guidances)
 

@@ -69,7 +69,7 @@ GUIDANCES = {
     "content": ContentGuidance(IMAGE),
     "structure": StructureGuidance(IMAGE, layers=(2,)),
     "structure_deep": StructureGuidance(IMAGE, layers=(3, 1)),
-    "style": StyleGuidance(IMAGE, layers=(1, 2, 3)),
+    "style": StyleGuidance(IMAGE, layers=(1, 2, 3), centred=True),
     "style_plain": StyleGuidance(IMAGE, layers=(2,), centred=False),
 }
 
