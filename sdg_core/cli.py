@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--steps", type=int, default=50)
     check.add_argument("--sampler", choices=SAMPLERS, default="euler_ancestral")
     check.add_argument("--processes", type=int, default=0, help="0: one per core")
+    check.add_argument("--block", type=int, default=1, help="of seeds and references; the scales were chosen on 0")
     check.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     check.set_defaults(run=run_evaluate)
     for command in (demo, one, check):
@@ -99,7 +100,9 @@ def run_evaluate(args: argparse.Namespace) -> None:
     """`sdg evaluate`: a table, or one JSON object."""
     chosen = args.suite or ["all"]
     names = list(SUITES) if "all" in chosen else chosen
-    settings = Settings(args.samples, args.steps, args.sampler, processes=args.processes, models=args.models)
+    settings = Settings(
+        args.samples, args.steps, args.sampler, block=args.block, processes=args.processes, models=args.models
+    )
     with tqdm(unit="batch", file=sys.stderr) as bar:
         rows = evaluate(names, settings, lambda name, done, total: _advance(bar, done, total, name))
     print(json.dumps(as_json(rows), indent=2) if args.json else table(rows))
