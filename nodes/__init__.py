@@ -7,23 +7,35 @@ from comfy_api.latest import ComfyExtension, io
 from .guidance import (
     SDGCombineGuidance,
     SDGContentGuidance,
+    SDGGuidanceFrames,
     SDGStructureGuidance,
     SDGStyleGuidance,
     SDGTextGuidance,
 )
 from .host import register_folders
-from .loaders import SDGEmptyPixelLatent, SDGLoadADM, SDGLoadNoisyCLIP
+from .loaders import (
+    SDGEmptyPixelLatent,
+    SDGEncoderCrossfade,
+    SDGLoadADM,
+    SDGLoadAutoencoder,
+    SDGLoadCLIP,
+    SDGLoadNoisyCLIP,
+)
 from .sampling import SDGApplyGuidance, SDGGuidedKSampler, SDGPaperSampler
 
 NODES: list[type[io.ComfyNode]] = [
     SDGLoadNoisyCLIP,
+    SDGLoadCLIP,
+    SDGEncoderCrossfade,
     SDGLoadADM,
+    SDGLoadAutoencoder,
     SDGEmptyPixelLatent,
     SDGTextGuidance,
     SDGContentGuidance,
     SDGStructureGuidance,
     SDGStyleGuidance,
     SDGCombineGuidance,
+    SDGGuidanceFrames,
     SDGGuidedKSampler,
     SDGApplyGuidance,
     SDGPaperSampler,

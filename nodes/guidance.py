@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
@@ -18,7 +21,7 @@ from ..sdg_core.guidance import (
     combine,
 )
 from . import defaults, host
-from .inputs import to_layers, to_prompt, to_references
+from .inputs import to_frames, to_layers, to_prompt, to_references
 from .loaders import NoisyCLIPSocket
 
 GuidanceSocket = io.Custom("SDG_GUIDANCE")
@@ -26,7 +29,9 @@ COMBINED = 4
 
 
 def noisy_clip_input() -> io.Input:
-    return NoisyCLIPSocket.Input("noisy_clip", tooltip="The encoder to look through, from Load Noisy CLIP.")
+    return NoisyCLIPSocket.Input(
+        "noisy_clip", tooltip="The encoder to look through, from Load Noisy CLIP or Load CLIP."
+    )
 
 
 def image_input(what: str) -> io.Input:
@@ -72,9 +77,17 @@ def guidance_output() -> io.Output:
     return GuidanceSocket.Output("GUIDANCE", tooltip="Connect to Guided KSampler, Apply Guidance or Combine Guidance.")
 
 
-def one(noisy_clip: ModelPatcher, guidance: Guidance, scale: float, start: float, end: float) -> io.NodeOutput:
-    """One term as a node's output."""
-    return io.NodeOutput(host.HostGuidance((Term(guidance, noisy_clip.model, scale, start, end),), (noisy_clip,)))
+def terms_of(
+    noisy_clip: host.NoisyCLIPValue,
+    make: Callable[[ModelPatcher], Guidance],
+    scale: float,
+    start: float,
+    end: float,
+) -> io.NodeOutput:
+    """One guidance as a node's output: a term for each encoder of the socket, ``make`` called with its patcher."""
+    parts = host.encoder_parts(noisy_clip)
+    terms = tuple(Term(make(patcher), patcher.model, scale, start, end, fade) for patcher, fade in parts)
+    return io.NodeOutput(host.HostGuidance(terms, tuple(patcher for patcher, _ in parts)))
 
 
 class SDGTextGuidance(io.ComfyNode):
@@ -106,12 +119,15 @@ class SDGTextGuidance(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, noisy_clip: ModelPatcher, text: str, scale: float, start_percent: float, end_percent: float
+        cls, noisy_clip: host.NoisyCLIPValue, text: str, scale: float, start_percent: float, end_percent: float
     ) -> io.NodeOutput:
         prompt = to_prompt(text)
-        with torch.no_grad():
-            embed = host.load_encoder(noisy_clip).encode_text([prompt])
-        return one(noisy_clip, TextGuidance(embed), scale, start_percent, end_percent)
+
+        def make(patcher: ModelPatcher) -> TextGuidance:
+            with torch.no_grad():
+                return TextGuidance(host.load_encoder(patcher).encode_text([prompt]))
+
+        return terms_of(noisy_clip, make, scale, start_percent, end_percent)
 
 
 class SDGContentGuidance(io.ComfyNode):
@@ -138,9 +154,10 @@ class SDGContentGuidance(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, noisy_clip: ModelPatcher, image: Tensor, scale: float, start_percent: float, end_percent: float
+        cls, noisy_clip: host.NoisyCLIPValue, image: Tensor, scale: float, start_percent: float, end_percent: float
     ) -> io.NodeOutput:
-        return one(noisy_clip, ContentGuidance(to_references(image)), scale, start_percent, end_percent)
+        guidance = ContentGuidance(to_references(image))
+        return terms_of(noisy_clip, lambda patcher: guidance, scale, start_percent, end_percent)
 
 
 class SDGStructureGuidance(io.ComfyNode):
@@ -173,15 +190,19 @@ class SDGStructureGuidance(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        noisy_clip: ModelPatcher,
+        noisy_clip: host.NoisyCLIPValue,
         image: Tensor,
         scale: float,
         layers: str,
         start_percent: float,
         end_percent: float,
     ) -> io.NodeOutput:
-        guidance = StructureGuidance(to_references(image), check_layers(to_layers(layers), noisy_clip.model))
-        return one(noisy_clip, guidance, scale, start_percent, end_percent)
+        references, numbers = to_references(image), to_layers(layers)
+
+        def make(patcher: ModelPatcher) -> StructureGuidance:
+            return StructureGuidance(references, check_layers(numbers, patcher.model))
+
+        return terms_of(noisy_clip, make, scale, start_percent, end_percent)
 
 
 class SDGStyleGuidance(io.ComfyNode):
@@ -220,7 +241,7 @@ class SDGStyleGuidance(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        noisy_clip: ModelPatcher,
+        noisy_clip: host.NoisyCLIPValue,
         image: Tensor,
         scale: float,
         layers: str,
@@ -228,8 +249,12 @@ class SDGStyleGuidance(io.ComfyNode):
         end_percent: float,
         centred: bool,
     ) -> io.NodeOutput:
-        guidance = StyleGuidance(to_references(image), check_layers(to_layers(layers), noisy_clip.model), centred)
-        return one(noisy_clip, guidance, scale, start_percent, end_percent)
+        references, numbers = to_references(image), to_layers(layers)
+
+        def make(patcher: ModelPatcher) -> StyleGuidance:
+            return StyleGuidance(references, check_layers(numbers, patcher.model), centred)
+
+        return terms_of(noisy_clip, make, scale, start_percent, end_percent)
 
 
 class SDGCombineGuidance(io.ComfyNode):
@@ -285,3 +310,30 @@ class SDGCombineGuidance(io.ComfyNode):
         patchers = {id(patcher): patcher for guidance, _ in parts for patcher in guidance.patchers}
         terms = combine([(guidance.terms, weight) for guidance, weight in parts])
         return io.NodeOutput(host.HostGuidance(terms, tuple(patchers.values())))
+
+
+class SDGGuidanceFrames(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SDGGuidanceFrames",
+            display_name="Guidance Frames (SDG)",
+            category="SDG/guidance",
+            description="Lets a guidance act on chosen frames of a video only. Pictures stay as they are.",
+            inputs=[
+                GuidanceSocket.Input("guidance", tooltip="Any guidance, also a combined one."),
+                io.String.Input(
+                    "frames",
+                    default="0",
+                    tooltip="Latent frames from 0, with commas and ranges; -1 is the last. A latent frame holds "
+                    "several of the video's. Usual: 0, or 0-4,-1.",
+                ),
+            ],
+            outputs=[guidance_output()],
+        )
+
+    @classmethod
+    def execute(cls, guidance: host.HostGuidance, frames: str) -> io.NodeOutput:
+        chosen = to_frames(frames)
+        terms = tuple(replace(term, frames=chosen) for term in guidance.terms)
+        return io.NodeOutput(host.HostGuidance(terms, guidance.patchers))

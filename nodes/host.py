@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import comfy.model_management as mm
@@ -17,22 +16,25 @@ import folder_paths
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
-from torch.func import functional_call
 
 from ..sdg_core.checkpoint import BUNDLED
-from ..sdg_core.guidance import Term
+from ..sdg_core.clip import CleanCLIP
+from ..sdg_core.guidance import Fade, Term
 from ..sdg_core.guide import GuidanceRun, Strength, guidance_shift
-from ..sdg_core.noisy_clip import NoisyCLIP
 from ..sdg_core.schedule import Convention, expand
+from ..sdg_core.views import DecodedView, View
+from .patchers import activation_bytes, decoder_bytes, make_resident
+from .views import ViewChoice, choose_view, data_variance
 
 log = logging.getLogger(__name__)
 
 BUNDLED_NAME = "avatars (bundled)"
-FOLDERS = {"noisy_clip": {".safetensors"}, "adm": {".safetensors", ".pt", ".pth"}}
+FOLDERS = {
+    "noisy_clip": {".safetensors"},
+    "adm": {".safetensors", ".pt", ".pth"},
+    "open_clip": {".safetensors", ".pt", ".pth", ".bin"},
+}
 KEY = "sdg"
-
-# CoreModelPatcher (ComfyUI 0.12 and newer) keeps plain torch modules fully resident under dynamic memory management.
-Patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,25 +59,54 @@ def register_folders() -> None:
         folder_paths.folder_names_and_paths[name] = (paths if own in paths else [*paths, own], extensions)
 
 
+def bundled_files(folder: str) -> dict[str, Path]:
+    """Names and files of the models of a kind that come with the pack. Those of the latent test world are in the
+    repository, not in the registry's package, so only what is there is offered."""
+    world = {
+        "avatars latent": "latent/noisy_clip",
+        **{f"avatars latent {k}": f"latent/{k}" for k in ("eps", "v", "flow")},
+    }
+    names = {"adm": ["avatars latent eps", "avatars latent v", "avatars latent flow"], "noisy_clip": ["avatars latent"]}
+    files = {f"{name} (bundled)": BUNDLED / f"{world[name]}.safetensors" for name in names.get(folder, [])}
+    first = {"open_clip": "clip"}.get(folder, folder)
+    return {BUNDLED_NAME: BUNDLED / f"{first}.safetensors", **{n: path for n, path in files.items() if path.is_file()}}
+
+
 def model_names(folder: str) -> list[str]:
-    """What a loader offers: the bundled model, then the files of the model folder."""
-    return [BUNDLED_NAME, *folder_paths.get_filename_list(folder)]
+    """What a loader offers: the bundled models, then the files of the model folder."""
+    return [*bundled_files(folder), *folder_paths.get_filename_list(folder)]
 
 
 def model_path(folder: str, name: str) -> Path:
     """The file behind a name of ``model_names``. Raises ValueError where it is missing."""
-    if name == BUNDLED_NAME:
-        path = BUNDLED / f"{folder}.safetensors"
-        if not path.is_file():
+    if name.endswith("(bundled)"):
+        path = bundled_files(folder).get(name)
+        if path is None or not path.is_file():
             raise ValueError(
-                f"The bundled model {path.name} is missing from {path.parent}. "
-                f"Install this node pack again, or choose a file of your own in models/{folder}."
+                f"The bundled model {name} is missing. The avatars come with every installation (install this node "
+                f"pack again), the latent ones with its repository only. Or choose a file in models/{folder}."
             )
         return path
     found = folder_paths.get_full_path(folder, name)
     if found is None:
         raise ValueError(f"There is no file {name} in models/{folder}. Put it there, or choose another.")
     return Path(found)
+
+
+def latent_world_file(name: str) -> Path:
+    """A file of the bundled latent models. Raises ValueError where this installation came without them."""
+    path = BUNDLED / "latent" / f"{name}.safetensors"
+    if not path.is_file():
+        raise ValueError(
+            f"{path.name} of the bundled latent models is missing: they come with this pack's repository, not with the "
+            "registry's package. Install from the repository, or use models of your own."
+        )
+    return path
+
+
+def download_folder(folder: str) -> Path:
+    """Where downloads of a kind of model go."""
+    return Path(folder_paths.get_folder_paths(folder)[0])
 
 
 def fingerprint(folder: str, name: str) -> str:
@@ -88,46 +119,34 @@ def fingerprint(folder: str, name: str) -> str:
 # Encoders
 
 
-def patch_encoder(clip: NoisyCLIP) -> comfy.model_patcher.ModelPatcher:
-    """An encoder under the host's memory management."""
-    return Patcher(clip, load_device=mm.get_torch_device(), offload_device=mm.text_encoder_offload_device())
+@dataclass(frozen=True, eq=False)
+class EncoderPair:
+    """Two encoders in one NOISY_CLIP socket: one reads at high noise, the other at low, and they cross over."""
+
+    parts: tuple[tuple[comfy.model_patcher.ModelPatcher, Fade], ...]
 
 
-def load_encoder(patcher: comfy.model_patcher.ModelPatcher) -> NoisyCLIP:
+NoisyCLIPValue = comfy.model_patcher.ModelPatcher | EncoderPair
+"""What the NOISY_CLIP socket carries."""
+
+
+def encoder_parts(value: NoisyCLIPValue) -> tuple[tuple[comfy.model_patcher.ModelPatcher, Fade | None], ...]:
+    """The encoders of a socket, each with where it reads."""
+    return value.parts if isinstance(value, EncoderPair) else ((value, None),)
+
+
+def single_encoder(value: NoisyCLIPValue, name: str) -> comfy.model_patcher.ModelPatcher:
+    """The one encoder of a socket. Raises ValueError for a pair."""
+    if isinstance(value, EncoderPair):
+        raise ValueError(f"The input {name} is a crossfade of two encoders already. Connect a single one.")
+    return value
+
+
+def load_encoder(patcher: comfy.model_patcher.ModelPatcher) -> CleanCLIP:
     """The encoder, whole, on its device, for use outside a sampling run."""
     mm.load_models_gpu([patcher])
     make_resident(patcher.model, patcher.load_device)
     return patcher.model
-
-
-def make_resident(module: torch.nn.Module, device: torch.device) -> None:
-    """Moves what the host left behind: short of memory it loads leaf modules only, and never a module's own
-    parameters (CLIP's positional embedding) or buffers, but calls the model loaded all the same."""
-    if any(t.device.type != device.type for t in chain(module.parameters(), module.buffers())):
-        module.to(device)
-
-
-def activation_bytes(clip: NoisyCLIP) -> int:
-    """Memory that the gradient of one picture takes: every layer's float32 output, forward and backward.
-
-    Counted in a pass on the meta device, which computes nothing.
-    """
-    size, total = clip.config.image_size, 0
-
-    def count(layer: torch.nn.Module, inputs: tuple, output: object) -> None:
-        nonlocal total
-        total += 4 * output.numel() if isinstance(output, Tensor) else 0
-
-    hooks = [layer.register_forward_hook(count) for layer in clip.tower.modules() if not list(layer.children())]
-    weights = {name: t.to("meta") for name, t in chain(clip.named_parameters(), clip.named_buffers())}
-    image, t = torch.empty(1, 3, size, size, device="meta"), torch.empty(1, device="meta")
-    try:
-        with torch.no_grad():
-            functional_call(clip, weights, (image, t, clip.full_depth))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return 2 * total
 
 
 # How the model's x is scaled
@@ -168,18 +187,28 @@ def scaling_of(model: comfy.model_patcher.ModelPatcher) -> Scaling:
     return Scaling(Convention.VE)
 
 
-def check_model(model: comfy.model_patcher.ModelPatcher) -> None:
-    """Raises ValueError for models that guidance can't read: their x must be pixels (B, 3, H, W)."""
-    latent = model.get_model_object("latent_format")
-    if latent.latent_channels != 3 or latent.latent_dimensions != 2:
-        raise ValueError(
-            f"This model works in a latent space of {latent.latent_channels} channels; guidance currently reads pixel "
-            "models (3 channels, height, width). Use a pixel model, for example from Load ADM."
-        )
+@dataclass(frozen=True, eq=False)
+class Sights:
+    """How every encoder of a guidance looks at one model, and what the host must load for that."""
+
+    views: Mapping[int, View]
+    patchers: tuple[comfy.model_patcher.ModelPatcher, ...]
+
+    def view_of(self, encoder: CleanCLIP) -> View:
+        return self.views[id(encoder)]
+
+
+def see(model: comfy.model_patcher.ModelPatcher, guidance: HostGuidance, choice: ViewChoice) -> Sights:
+    """The views of all encoders. Raises ValueError for models that can't be guided, or not by these encoders."""
     scaling_of(model)
+    chosen = {id(p.model): choose_view(model, p.model, choice) for p in guidance.patchers}
+    decoders = [c.patcher for c in chosen.values() if c.patcher is not None]
+    return Sights({key: c.view for key, c in chosen.items()}, (*guidance.patchers, *decoders))
 
 
-def open_run(model: comfy.model_patcher.ModelPatcher, terms: tuple[Term, ...], strength: Strength) -> GuidanceRun:
+def open_run(
+    model: comfy.model_patcher.ModelPatcher, terms: tuple[Term, ...], strength: Strength, sights: Sights
+) -> GuidanceRun:
     """The state of one sampling run of ``model``, with start and end in the model's own noise range."""
     scaling, sampling = scaling_of(model), model.get_model_object("model_sampling")
 
@@ -187,7 +216,7 @@ def open_run(model: comfy.model_patcher.ModelPatcher, terms: tuple[Term, ...], s
         sigma = torch.tensor(float(sampling.percent_to_sigma(percent)), dtype=torch.float64)
         return float(scaling.noise_scale * sigma / scaling.norm(sigma))
 
-    return GuidanceRun(terms, scaling.convention, percent_to_sigma, strength)
+    return GuidanceRun(terms, scaling.convention, percent_to_sigma, strength, sights.view_of, data_variance(model))
 
 
 # Conditioning
@@ -232,7 +261,10 @@ def conditioning(
 
 
 def attach(
-    model: comfy.model_patcher.ModelPatcher, guidance: HostGuidance, strength: Strength
+    model: comfy.model_patcher.ModelPatcher,
+    guidance: HostGuidance,
+    strength: Strength,
+    choice: ViewChoice | None = None,
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone of ``model`` that every sampler node samples guided. Without any scale it is a plain clone.
 
@@ -240,23 +272,24 @@ def attach(
     PREDICT_NOISE sees each model evaluation once, after all CFG; OUTER_SAMPLE opens and drops the run, since the clone
     stays in the host's cache between runs; PREPARE_SAMPLING asks for the memory of the gradient.
     """
-    check_model(model)
+    scaling_of(model)
     guided = model.clone()
     terms = tuple(term for term in guidance.terms if term.scale != 0)
     if not terms:
         return guided
+    sights = see(model, guidance, choice or ViewChoice())
     runs: list[GuidanceRun] = []  # a stack: a sampler may sample inside a run
-    guided.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _run_keeper(runs, terms, strength))
-    guided.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _corrector(runs, guidance.patchers))
-    guided.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _memory_reserver(guidance.patchers))
+    guided.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _run_keeper(runs, terms, strength, sights))
+    guided.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _corrector(runs, sights.patchers))
+    guided.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _memory_reserver(sights))
     loaded = guided.get_additional_models_with_key(KEY)
-    guided.set_additional_models(KEY, [*loaded, *guidance.patchers])
+    guided.set_additional_models(KEY, [*loaded, *sights.patchers])
     return guided
 
 
-def _run_keeper(runs: list[GuidanceRun], terms: tuple[Term, ...], strength: Strength) -> Callable:
+def _run_keeper(runs: list[GuidanceRun], terms: tuple[Term, ...], strength: Strength, sights: Sights) -> Callable:
     def outer_sample(executor, *args, **kwargs):
-        runs.append(open_run(executor.class_obj.model_patcher, terms, strength))
+        runs.append(open_run(executor.class_obj.model_patcher, terms, strength, sights))
         try:
             return executor(*args, **kwargs)
         finally:  # also when interrupted
@@ -268,8 +301,8 @@ def _run_keeper(runs: list[GuidanceRun], terms: tuple[Term, ...], strength: Stre
 def _corrector(runs: list[GuidanceRun], patchers: Sequence[comfy.model_patcher.ModelPatcher]) -> Callable:
     def predict_noise(executor, x, sigma, model_options, seed):
         mm.throw_exception_if_processing_interrupted()
-        check_latent(x)
         guider, run = executor.class_obj, runs[-1]
+        check_latent(guider.model_patcher, x)
         for patcher in patchers:  # the original patchers, kept by this closure: a clone's death would unload them
             make_resident(patcher.model, x.device)
         model_options, caught = _catch_uncond(guider.model_options, model_options)
@@ -306,25 +339,31 @@ def _catch_uncond(guider_options: dict, model_options: dict) -> tuple[dict, list
     return {**model_options, key: [*readers, catch]}, caught
 
 
-def _memory_reserver(patchers: Sequence[comfy.model_patcher.ModelPatcher]) -> Callable:
+def _memory_reserver(sights: Sights) -> Callable:
     """The host plans memory by the batch it is told of, so it is told of a larger one."""
-    per_picture = sum(activation_bytes(patcher.model) for patcher in patchers)
+    encoders = [p.model for p in sights.patchers if isinstance(p.model, CleanCLIP)]
+    for_encoders = sum(map(activation_bytes, encoders))
+    decoded = {id(v.modules[0]): v for v in sights.views.values() if isinstance(v, DecodedView)}.values()
 
     def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
         size, *rest = noise_shape
         one = model.memory_required([1, *rest])
-        more = math.ceil(per_picture * size / (2 * one))  # the host doubles its batch, for positive and negative
+        frames = rest[1] if len(rest) == 4 else 1
+        per_frame = for_encoders + sum(decoder_bytes(m, noise_shape, v.upscale) for v in decoded for m in v.modules)
+        more = math.ceil(per_frame * frames * size / (2 * one))  # the host doubles its batch, for positive and negative
         return executor(model, torch.Size([size + more, *rest]), conds, *args, **kwargs)
 
     return prepare_sampling
 
 
-def check_latent(x: Tensor) -> None:
-    """Raises ValueError for video and for nested latents (which arrive flattened)."""
-    if x.ndim != 4 or x.shape[1] != 3:
+def check_latent(model: comfy.model_patcher.ModelPatcher, x: Tensor) -> None:
+    """Raises ValueError for nested latents (which arrive flattened), for sound, and where channels don't fit."""
+    channels = model.get_model_object("latent_format").latent_channels
+    if x.ndim not in (4, 5) or x.shape[1] != channels:
         raise ValueError(
-            f"Got a latent of shape {tuple(x.shape)}; guidance reads pictures, (batch, 3, height, width). "
-            "Start from Empty Pixel Latent, or from an image encoded by the pixel_space VAE."
+            f"Got a latent of shape {tuple(x.shape)}; guidance reads pictures (batch, {channels}, height, width) and "
+            f"videos (batch, {channels}, frames, height, width). Nested latents of video with audio, and audio alone, "
+            "can't be guided: take Apply Guidance (SDG) out of this model's path."
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -41,3 +43,17 @@ def to_layers(layers: str) -> tuple[int, ...]:
             "for example 4 or 3,4."
         )
     return tuple(numbers)
+
+
+def to_frames(frames: str) -> tuple[int, ...]:
+    """ "0, 2-4, -1" -> (0, 2, 3, 4, -1). Raises ValueError for anything but numbers, ranges and commas."""
+    chosen: list[int] = []
+    for part in (part.strip() for part in frames.split(",")):
+        found = re.fullmatch(r"(-?\d+)(?:\s*-\s*(\d+))?", part)
+        if found is None or (found[2] is not None and int(found[2]) < int(found[1])):
+            raise ValueError(
+                f'Got the frames "{frames}"; wanted whole numbers and ranges, separated by commas. Write for example '
+                "0, or 0-4, or 0,-1 for the first and the last."
+            )
+        chosen += range(int(found[1]), int(found[2] or found[1]) + 1)
+    return tuple(dict.fromkeys(chosen))

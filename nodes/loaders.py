@@ -7,11 +7,17 @@ import nodes
 import torch
 from comfy_api.latest import io
 
-from ..sdg_core.checkpoint import load_noisy_clip
+from ..sdg_core import open_clip_models
+from ..sdg_core.checkpoint import load_clip, load_noisy_clip, load_tiny_autoencoder
+from ..sdg_core.guidance import Fade
+from ..sdg_core.noisy_clip import NoisyCLIP
 from . import host
+from .autoencoder import host_vae
+from .patchers import patch_module
 from .pixel_model import load_adm_model
 
 NoisyCLIPSocket = io.Custom("NOISY_CLIP")
+DOWNLOAD = "download by tag"
 
 
 class SDGLoadNoisyCLIP(io.ComfyNode):
@@ -42,7 +48,120 @@ class SDGLoadNoisyCLIP(io.ComfyNode):
     def execute(cls, noisy_clip_name: str) -> io.NodeOutput:
         path = host.model_path("noisy_clip", noisy_clip_name)
         with torch.inference_mode(False):
-            return io.NodeOutput(host.patch_encoder(load_noisy_clip(path)))
+            return io.NodeOutput(patch_module(load_noisy_clip(path)))
+
+
+class SDGLoadCLIP(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SDGLoadCLIP",
+            display_name="Load CLIP (SDG)",
+            category="SDG/loaders",
+            description="Loads any CLIP that open_clip knows, as it is. It reads the model's clean estimate instead of "
+            "the noisy picture: start here when there is no noisy CLIP for your model.",
+            inputs=[
+                io.Combo.Input(
+                    "clip_name",
+                    options=[*host.model_names("open_clip"), DOWNLOAD],
+                    default=host.BUNDLED_NAME,
+                    tooltip="A file of models/open_clip, the small one for cartoon avatars, or download by tag. "
+                    "Files and downloads need the architecture below.",
+                ),
+                io.Combo.Input(
+                    "architecture",
+                    options=open_clip_models.architectures(),
+                    default="ViT-B-32",
+                    tooltip="open_clip's name of the file's architecture, for example ViT-L-14, RN50 or "
+                    "ViT-B-16-SigLIP. The bundled one does not read it.",
+                ),
+                io.String.Input(
+                    "pretrained",
+                    default="laion2b_s34b_b79k",
+                    tooltip="For download by tag: open_clip's tag of the weights, such as openai or laion2b_s34b_b79k. "
+                    "They go to models/open_clip when this node runs.",
+                ),
+            ],
+            outputs=[NoisyCLIPSocket.Output("NOISY_CLIP", tooltip="Connect to the guidance nodes.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, clip_name: str, architecture: str, pretrained: str) -> str:
+        if clip_name == DOWNLOAD:
+            return f"{architecture}/{pretrained}"
+        return f"{architecture}/{host.fingerprint('open_clip', clip_name)}"
+
+    @classmethod
+    def execute(cls, clip_name: str, architecture: str, pretrained: str) -> io.NodeOutput:
+        with torch.inference_mode(False):
+            if clip_name == host.BUNDLED_NAME:
+                clip = load_clip(host.model_path("open_clip", clip_name))
+            elif clip_name == DOWNLOAD:
+                clip = open_clip_models.download(architecture, pretrained, host.download_folder("open_clip"))
+            else:
+                clip = open_clip_models.load_file(architecture, host.model_path("open_clip", clip_name))
+            return io.NodeOutput(patch_module(clip))
+
+
+class SDGEncoderCrossfade(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SDGEncoderCrossfade",
+            display_name="Encoder Crossfade (SDG)",
+            category="SDG/loaders",
+            description="Two encoders in one: the noisy CLIP where there is much noise, the clean one where there is "
+            "little.",
+            inputs=[
+                NoisyCLIPSocket.Input("noisy", tooltip="Reads at high noise, from Load Noisy CLIP."),
+                NoisyCLIPSocket.Input("clean", tooltip="Reads at low noise, from Load CLIP."),
+                io.Float.Input(
+                    "crossover",
+                    default=-1.0,
+                    min=-1.0,
+                    max=999.0,
+                    step=1.0,
+                    round=0.1,
+                    tooltip="Timestep, of 0 to 999, where they share the work. Higher gives the clean one more. "
+                    "-1: where the noisy file's own measurements cross.",
+                ),
+            ],
+            outputs=[NoisyCLIPSocket.Output("NOISY_CLIP", tooltip="Connect to the guidance nodes.")],
+        )
+
+    @classmethod
+    def execute(cls, noisy: host.NoisyCLIPValue, clean: host.NoisyCLIPValue, crossover: float) -> io.NodeOutput:
+        pair = [host.single_encoder(value, name) for name, value in (("noisy", noisy), ("clean", clean))]
+        reading = tuple(patcher.model.reads for patcher in pair)
+        if reading != ("noisy", "denoised"):
+            raise ValueError(
+                f"Got encoders that read {reading[0]} and {reading[1]}; wanted a noisy CLIP in the first input (Load "
+                "Noisy CLIP) and a clean one in the second (Load CLIP)."
+            )
+        encoder: NoisyCLIP = pair[0].model
+        t = crossover if crossover >= 0 else encoder.config.crossover()
+        ratio = float(encoder.table.sigma(torch.tensor(t)))
+        parts = tuple((patcher, Fade(ratio, rising)) for patcher, rising in zip(pair, (True, False), strict=True))
+        return io.NodeOutput(host.EncoderPair(parts))
+
+
+class SDGLoadAutoencoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SDGLoadAutoencoder",
+            display_name="Load Autoencoder (SDG)",
+            category="SDG/loaders",
+            description="The small autoencoder of the bundled latent models as a VAE, for VAE Decode and VAE Encode.",
+            inputs=[],
+            outputs=[io.Vae.Output("VAE", tooltip="Connect to VAE Decode, VAE Encode or a guidance view.")],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        path = host.latent_world_file("autoencoder")
+        with torch.inference_mode(False):
+            return io.NodeOutput(host_vae(load_tiny_autoencoder(path)))
 
 
 class SDGLoadADM(io.ComfyNode):
@@ -52,9 +171,8 @@ class SDGLoadADM(io.ComfyNode):
             node_id="SDGLoadADM",
             display_name="Load ADM (SDG)",
             category="SDG/loaders",
-            description="Loads an unconditional pixel diffusion model (guided-diffusion's ADM) as a "
-            "MODEL for any sampler. "
-            "Decode its latents with Load VAE, pixel_space.",
+            description="Loads an unconditional diffusion model (guided-diffusion's ADM) as a MODEL for any sampler. "
+            "Decode pixels with Load VAE, pixel_space; the bundled latent ones with Load Autoencoder.",
             inputs=[
                 io.Combo.Input(
                     "adm_name",
@@ -65,7 +183,9 @@ class SDGLoadADM(io.ComfyNode):
                 )
             ],
             outputs=[
-                io.Model.Output("MODEL", tooltip="An unconditional pixel model: 3 channels, no VAE to compress it."),
+                io.Model.Output(
+                    "MODEL", tooltip="An unconditional model: of pixels, or of the latents of the bundled autoencoder."
+                ),
                 io.Conditioning.Output(
                     "CONDITIONING",
                     display_name="blank",

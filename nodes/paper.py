@@ -45,13 +45,13 @@ def _check_noise(model: ModelPatcher) -> None:
 
 def _open_run(model: ModelPatcher, guidance: host.HostGuidance, x: Tensor) -> GuidanceRun:
     """The run, with the encoders on the device beside the model: this guidance came without a MODEL to hold them."""
-    host.check_model(model)
-    host.check_latent(x)
-    mm.load_models_gpu([model, *guidance.patchers])
-    for patcher in guidance.patchers:
+    sights = host.see(model, guidance, host.ViewChoice())
+    host.check_latent(model, x)
+    mm.load_models_gpu([model, *sights.patchers])
+    for patcher in sights.patchers:
         host.make_resident(patcher.model, x.device)
     terms = tuple(term for term in guidance.terms if term.scale != 0)
-    return host.open_run(model, terms, Strength(cap=None))
+    return host.open_run(model, terms, Strength(cap=None), sights)
 
 
 def _predictor(model, extra_args: dict) -> Callable[[Tensor, Tensor], Prediction]:

@@ -1,4 +1,7 @@
-"""An ADM as a MODEL of ComfyUI, so that the host's own samplers, previews and memory management serve it."""
+"""An ADM as a MODEL of ComfyUI, so that the host's own samplers, previews and memory management serve it.
+
+Of pixels, or of the latents of a small autoencoder.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from torch import Tensor
 from ..sdg_core.adm import ADMConfig, ADMUNet
 from ..sdg_core.checkpoint import read_adm
 from ..sdg_core.schedule import TimestepTable
-from .host import Patcher
+from ..sdg_core.views import LatentFormat
+from .patchers import Patcher
 
 VARIANCE_SINK = "sdg_variance_sink"
 """Name in transformer_options of a function that takes the learned-sigma half of each model output, (B, 3, H, W)."""
@@ -30,6 +34,27 @@ class PixelRGB(comfy.latent_formats.LatentFormat):
     latent_channels = 3
     spacial_downscale_ratio = 1
     latent_rgb_factors = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+
+
+def latent_class(space: LatentFormat | None) -> type[comfy.latent_formats.LatentFormat]:
+    """The host's kind of latent format for a model's space; None is pixels."""
+    if space is None:
+        return PixelRGB
+
+    class Latents(comfy.latent_formats.LatentFormat):
+        latent_channels = space.channels
+        spacial_downscale_ratio = space.downscale
+        latent_rgb_factors = [list(row) for row in zip(*space.factors, strict=True)]
+        latent_rgb_factors_bias = list(space.bias)
+        sdg_name = space.name
+
+        def process_in(self, latent: Tensor) -> Tensor:
+            return (latent - space.shift) * space.scale
+
+        def process_out(self, latent: Tensor) -> Tensor:
+            return latent / space.scale + space.shift
+
+    return Latents
 
 
 class ADMModelConfig(comfy.supported_models_base.BASE):
@@ -57,6 +82,18 @@ class VSampling(Clamped, ms.ModelSamplingDiscrete, ms.V_PREDICTION):
     """For models that predict v."""
 
 
+class LatentEPSSampling(ms.ModelSamplingDiscrete, ms.EPS):
+    """For latent models that predict eps: latents have no bounds."""
+
+
+class LatentVSampling(ms.ModelSamplingDiscrete, ms.V_PREDICTION):
+    """For latent models that predict v."""
+
+
+class FlowSampling(ms.ModelSamplingDiscreteFlow, ms.CONST):
+    """For models that predict the flow."""
+
+
 class ADMNet(ADMUNet):
     """The UNet with the host's call. Gives the mean half of the output; the variance half goes to a sink, if any."""
 
@@ -69,8 +106,8 @@ class ADMNet(ADMUNet):
         out = super().forward(x, timesteps)
         sink = (transformer_options or {}).get(VARIANCE_SINK)
         if sink is not None and self.config.learn_sigma:
-            sink(out[:, 3:])
-        return out[:, :3]
+            sink(out[:, self.config.channels :])
+        return out[:, : self.config.channels]
 
     def check_size(self, height: int, width: int) -> None:
         """Raises ValueError where the UNet's halvings don't come out even."""
@@ -84,23 +121,26 @@ class ADMNet(ADMUNet):
 
 
 class ADM(comfy.model_base.BaseModel):
-    """The host's model around an unconditional ADM: a pixel model without conditioning."""
+    """The host's model around an unconditional ADM: a model without conditioning."""
 
     unconditional = True
 
     def __init__(self, config: ADMConfig, host_config: ADMModelConfig, device: torch.device) -> None:
-        kinds = {
-            "eps": (comfy.model_base.ModelType.EPS, EPSSampling),
-            "v": (comfy.model_base.ModelType.V_PREDICTION, VSampling),
-        }
-        model_type, sampling = kinds[config.prediction]
+        types, latent = comfy.model_base.ModelType, config.latent_format is not None
+        model_type, sampling = {
+            "eps": (types.EPS, LatentEPSSampling if latent else EPSSampling),
+            "v": (types.V_PREDICTION, LatentVSampling if latent else VSampling),
+            "flow": (types.FLOW, FlowSampling),
+        }[config.prediction]
+        host_config.latent_format = latent_class(config.latent_format)()
         super().__init__(host_config, model_type, device=device)
         dtype = host_config.unet_config["dtype"]
         ops = comfy.ops.pick_operations(dtype, host_config.manual_cast_dtype)
         self.diffusion_model = ADMNet(config, dtype, ops=ops, device=device).requires_grad_(False).eval()
         # The host's "linear" is another schedule (betas linear in their root), so the sigmas are set directly.
         self.model_sampling = sampling(host_config)
-        self.model_sampling.set_sigmas(TimestepTable.from_name(config.beta_schedule).ratio)
+        if config.prediction != "flow":
+            self.model_sampling.set_sigmas(TimestepTable.from_name(config.beta_schedule).ratio)
 
     def extra_conds(self, **unused) -> dict:
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import comfy.samplers
+import comfy.sd
 import nodes
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
@@ -11,6 +12,7 @@ from ..sdg_core.guide import Strength
 from . import defaults, host
 from .guidance import GuidanceSocket
 from .paper import paper_sampler
+from .views import VIEWS, ViewChoice
 
 
 def strength_inputs() -> list[io.Input]:
@@ -35,6 +37,24 @@ def strength_inputs() -> list[io.Input]:
     ]
 
 
+def view_inputs() -> list[io.Input]:
+    """What encoders look at. New inputs come last, so that saved workflows keep their order."""
+    return [
+        io.Combo.Input(
+            "view",
+            options=VIEWS,
+            default="auto",
+            tooltip="What encoders see. linear: the latent's cheap colours. decoded: through TAESD or the VAE, sharper "
+            "and slower, clean CLIPs only. auto fits the model.",
+        ),
+        io.Vae.Input(
+            "vae",
+            optional=True,
+            tooltip="For the view decoded: the sharpest and slowest. Empty: TAESD from models/vae_approx, much faster.",
+        ),
+    ]
+
+
 def to_strength(strength: str, cap: float) -> Strength:
     """The two widgets as one setting. Raises ValueError for relative strength without a size."""
     if strength == "relative" and cap == 0:
@@ -49,7 +69,10 @@ def to_strength(strength: str, cap: float) -> Strength:
 def noise_inputs() -> list[io.Input]:
     """Model, seed, steps and cfg, as KSampler has them."""
     return [
-        io.Model.Input("model", tooltip="A pixel model, for example from Load ADM."),
+        io.Model.Input(
+            "model",
+            tooltip="Any model that draws pictures or video: from Load Checkpoint, Load ADM and others.",
+        ),
         io.Int.Input(
             "seed",
             default=0,
@@ -141,6 +164,7 @@ class SDGGuidedKSampler(io.ComfyNode):
                 *pull_inputs(),
                 *start_inputs(),
                 *strength_inputs(),
+                *view_inputs(),
             ],
             outputs=[io.Latent.Output("LATENT", tooltip="The sampled latent.")],
         )
@@ -161,10 +185,12 @@ class SDGGuidedKSampler(io.ComfyNode):
         guidance: host.HostGuidance | None = None,
         positive: list | None = None,
         negative: list | None = None,
+        view: str = "auto",
+        vae: comfy.sd.VAE | None = None,
     ) -> io.NodeOutput:
         conds = host.conditioning(model, positive, negative, cfg)
         if guidance is not None:
-            model = host.attach(model, guidance, to_strength(strength, cap))
+            model = host.attach(model, guidance, to_strength(strength, cap), ViewChoice(view, vae))
         (latent,) = nodes.common_ksampler(
             model,
             seed,
@@ -190,9 +216,13 @@ class SDGApplyGuidance(io.ComfyNode):
             description="Gives a MODEL that any sampler node samples guided. Use it for KSampler "
             "(Advanced) or custom sampling.",
             inputs=[
-                io.Model.Input("model", tooltip="A pixel model, for example from Load ADM."),
+                io.Model.Input(
+                    "model",
+                    tooltip="Any model that draws pictures or video: from Load Checkpoint, Load ADM and others.",
+                ),
                 GuidanceSocket.Input("guidance", tooltip="What to pull towards."),
                 *strength_inputs(),
+                *view_inputs(),
             ],
             outputs=[
                 io.Model.Output("MODEL", tooltip="The model under guidance. The one that came in stays as it is.")
@@ -200,8 +230,16 @@ class SDGApplyGuidance(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: ModelPatcher, guidance: host.HostGuidance, strength: str, cap: float) -> io.NodeOutput:
-        return io.NodeOutput(host.attach(model, guidance, to_strength(strength, cap)))
+    def execute(
+        cls,
+        model: ModelPatcher,
+        guidance: host.HostGuidance,
+        strength: str,
+        cap: float,
+        view: str = "auto",
+        vae: comfy.sd.VAE | None = None,
+    ) -> io.NodeOutput:
+        return io.NodeOutput(host.attach(model, guidance, to_strength(strength, cap), ViewChoice(view, vae)))
 
 
 class SDGPaperSampler(io.ComfyNode):

@@ -16,14 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .views import LatentFormat
+
 
 @dataclass(frozen=True)
 class ADMConfig:
     """Everything that shapes an ADM UNet and says how its output is meant.
 
     ``attention_levels`` counts down-samplings: level 3 attends at 1/8 of the (unshuffled) size.
-    ``heads`` counts when ``head_channels`` is 0. ``prediction`` is "eps" (published models) or "v".
-    ``beta_schedule`` names the training schedule: "linear" (1e-4 to 2e-2 in 1000 steps) or "cosine".
+    ``heads`` counts when ``head_channels`` is 0. ``prediction`` is "eps" (published models), "v" or "flow" (eps - x_0,
+    its timestep 1000 * sigma). ``beta_schedule`` names the training schedule, see ``schedule.betas``.
+    ``channels`` is 3 for pixels; a latent model has its space's, described in ``latent_format``.
     """
 
     image_size: int = 256
@@ -40,6 +43,8 @@ class ADMConfig:
     patch: int = 1
     prediction: str = "eps"
     beta_schedule: str = "linear"
+    channels: int = 3
+    latent_format: LatentFormat | None = None
 
     @property
     def multiple(self) -> int:
@@ -49,7 +54,10 @@ class ADMConfig:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> ADMConfig:
         """The config written by ``asdict`` through JSON: lists become tuples again."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        kept = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        if kept.get("latent_format") is not None:
+            kept["latent_format"] = LatentFormat.from_json(kept["latent_format"])
+        return cls(**kept)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], image_size: int = 256) -> ADMConfig:
@@ -201,10 +209,10 @@ class Block(nn.Sequential):
 
 
 class ADMUNet(nn.Module):
-    """The UNet: (x (B, 3, H, W), timesteps (B,)) -> (B, 3 or 6, H, W).
+    """The UNet: (x (B, C, H, W), timesteps (B,)) -> (B, C or 2 C, H, W), C = ``config.channels``.
 
-    With ``learn_sigma`` the last three channels are v of eq. 15 of Nichol and Dhariwal 2021: where the log variance
-    lies between its two bounds, -1..1. H and W must be multiples of ``config.multiple``.
+    With ``learn_sigma`` the second half of the channels is v of eq. 15 of Nichol and Dhariwal 2021: where the log
+    variance lies between its two bounds, -1..1. H and W must be multiples of ``config.multiple``.
     ``ops`` supplies the layers (torch.nn or a host's casting variants of it).
     """
 
@@ -221,7 +229,7 @@ class ADMUNet(nn.Module):
             build.res(widths[-1], widths[-1]), build.attention(widths[-1]), build.res(widths[-1], widths[-1])
         )
         self.output_blocks = build.decoder(widths)
-        out = 3 * config.patch**2 * (2 if config.learn_sigma else 1)
+        out = config.channels * config.patch**2 * (2 if config.learn_sigma else 1)
         self.out = nn.Sequential(
             ops.GroupNorm(32, widths[0], **kw), nn.SiLU(), ops.Conv2d(widths[0], out, 3, padding=1, **kw)
         )
@@ -262,7 +270,7 @@ class _Builder:
         return {"up": Upsample, "down": Downsample}[direction](channels, True, self.ops, **self.kw)
 
     def encoder(self, widths: list[int]) -> nn.ModuleList:
-        stem = 3 * self.config.patch**2
+        stem = self.config.channels * self.config.patch**2
         blocks = [Block(self.ops.Conv2d(stem, widths[0], 3, padding=1, **self.kw))]
         channels, self.skips = widths[0], [widths[0]]
         for level, width in enumerate(widths):

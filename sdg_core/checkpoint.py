@@ -14,8 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adm import ADMConfig, ADMUNet
+from .clip import CleanCLIP, build_clip
 from .judge import Judge
-from .noisy_clip import NoisyCLIP, NoisyCLIPConfig, build_clip
+from .noisy_clip import NoisyCLIP, NoisyCLIPConfig
+from .tiny_autoencoder import TinyAutoencoder
 
 BUNDLED = Path(__file__).parent / "avatars"
 """The small models that come with the pack: adm, noisy_clip and judge, each ``.safetensors``."""
@@ -23,7 +25,13 @@ BUNDLED = Path(__file__).parent / "avatars"
 TOKEN_IDS = "text.token_ids"
 """Tensor name: ids of the token embeddings kept in a file; row 0 of the table stands for all others."""
 
-KINDS = {"adm": "an ADM diffusion model", "noisy_clip": "a noisy CLIP", "judge": "an attribute judge", "clip": "a CLIP"}
+KINDS = {
+    "adm": "an ADM diffusion model",
+    "noisy_clip": "a noisy CLIP",
+    "judge": "an attribute judge",
+    "clip": "a CLIP",
+    "autoencoder": "an autoencoder",
+}
 
 
 def save(path: Path, kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor], half: bool = True) -> None:
@@ -105,13 +113,32 @@ def load_noisy_clip(path: Path = BUNDLED / "noisy_clip.safetensors") -> NoisyCLI
     """A NoisyCLIP with its standard token table, frozen, in eval mode, float32."""
     config, state = load(path, "noisy_clip")
     has_text = config.pop("has_text")
-    config.update(mean=tuple(config["mean"]), std=tuple(config["std"]))
-    settings = NoisyCLIPConfig(**config)
+    settings = NoisyCLIPConfig.from_json(config)
     if TOKEN_IDS in state:
         state["text.token_embedding.weight"] = _full_table(
             state["text.token_embedding.weight"], state.pop(TOKEN_IDS), settings.clip["text_cfg"]["vocab_size"]
         )
     model = NoisyCLIP(settings, build_clip(settings.clip), has_text)
+    fill(model, state, path)
+    return model.requires_grad_(False).eval()
+
+
+def load_clip(path: Path = BUNDLED / "clip.safetensors") -> CleanCLIP:
+    """The clean CLIP of our own kind of file, frozen, in eval mode, float32."""
+    config, state = load(path, "clip")
+    rows, ids = state.pop("token_embedding.weight"), state.pop("token_ids")
+    state["token_embedding.weight"] = _full_table(rows, ids, config["clip"]["text_cfg"]["vocab_size"])
+    clip = build_clip(config["clip"])
+    fill(clip, state, path)
+    model = CleanCLIP(clip, config["clip"]["vision_cfg"]["image_size"], config["noise_size"])
+    return model.requires_grad_(False).eval()
+
+
+def load_tiny_autoencoder(path: Path) -> TinyAutoencoder:
+    """An autoencoder of our own kind of file, frozen, in eval mode, float32."""
+    config, state = load(path, "autoencoder")
+    blocks = (tuple(config[f"{half}_blocks"]) for half in ("encoder", "decoder"))
+    model = TinyAutoencoder(config["width"], *blocks, config["channels"])
     fill(model, state, path)
     return model.requires_grad_(False).eval()
 

@@ -17,7 +17,7 @@ from .checkpoint import BUNDLED
 from .demo import draw_demo
 from .evaluate import SUITES, Row, Settings, as_json, evaluate
 from .guide import Strength
-from .world import SAMPLERS, Pull, batch_noise, load_world, sample
+from .world import LATENT_MODELS, SAMPLERS, Pull, WorldName, batch_noise, load_world, sample
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +55,15 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=Path, default=Path("sample.png"))
     one.set_defaults(run=run_sample)
     check = commands.add_parser("evaluate", help="measure guided quality with the separate judge")
-    check.add_argument("--suite", action="append", choices=[*SUITES, "all"], help="default: all; repeatable")
+    check.add_argument(
+        "--suite",
+        action="append",
+        choices=[*SUITES, "latent", "all"],
+        help="default: all of the pixel world; repeatable. latent: the latent models, every route",
+    )
+    check.add_argument(
+        "--latent-model", action="append", choices=LATENT_MODELS, help="for the suite latent; default: all; repeatable"
+    )
     check.add_argument("--samples", type=int, default=256, help="samples a row")
     check.add_argument("--steps", type=int, default=50)
     check.add_argument("--sampler", choices=SAMPLERS, default="euler_ancestral")
@@ -101,7 +109,13 @@ def run_evaluate(args: argparse.Namespace) -> None:
     chosen = args.suite or ["all"]
     names = list(SUITES) if "all" in chosen else chosen
     settings = Settings(
-        args.samples, args.steps, args.sampler, block=args.block, processes=args.processes, models=args.models
+        args.samples,
+        args.steps,
+        args.sampler,
+        block=args.block,
+        processes=args.processes,
+        world=WorldName(args.models),
+        latent_models=tuple(args.latent_model or LATENT_MODELS),
     )
     with tqdm(unit="batch", file=sys.stderr) as bar:
         rows = evaluate(names, settings, lambda name, done, total: _advance(bar, done, total, name))

@@ -9,20 +9,20 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .checkpoint import BUNDLED
 from .guidance import DEFAULT_SCALE
-from .guide import Strength
+from .guide import Strength, guide
 from .metrics import gram_distance, histogram_overlap, layout_correlation, nearest, spread
-from .world import Kind, Pull, Sampler, World, load_world, sample, seeded_noise
+from .schedule import Convention
+from .world import LATENT_MODELS, ROUTES, Kind, Pull, Sampler, World, WorldName, open_world, sample, seeded_noise
 
 STYLE_WORDS = {
     "ink": "ink drawing",
@@ -43,13 +43,17 @@ CHUNK = 16  # pictures sampled together
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: over n samples, guided and unguided from the same seeds, and the value it should reach."""
+    """One measurement: over n samples, guided and unguided from the same seeds, and the value it should reach.
+
+    ``cost_ms``: what guidance adds to a step, a picture, where that was measured.
+    """
 
     name: str
     n: int
     value: float
     unguided: float
     bar: float | None
+    cost_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class Settings:
     strength: Strength = field(default_factory=Strength)
     block: int = 1
     processes: int = 0  # 0: one per core
-    models: Path = BUNDLED
+    world: WorldName = field(default_factory=WorldName)
+    latent_models: tuple[str, ...] = LATENT_MODELS
 
 
 def prompt(wish: Mapping[str, object]) -> str:
@@ -103,19 +108,17 @@ def judge_accuracy(world: World) -> dict[str, float]:
 
 # --- sampling, in one process or several -------------------------------------------------------------------------
 
-_WORLD: World | None = None
+_worker_world = functools.lru_cache(maxsize=1)(open_world)
 
 
-def _worker(models: Path) -> None:
-    global _WORLD
+def _worker() -> None:
     torch.set_num_threads(1)
-    _WORLD = load_world(models)
 
 
 def _run(job: Job, settings: Settings) -> Tensor:
-    world = _WORLD
-    assert world is not None
-    noise = seeded_noise(job.seeds, world.denoiser.unet.config.image_size)
+    world = _worker_world(settings.world)
+    channels, size, _ = world.denoiser.shape
+    noise = seeded_noise(job.seeds, size, channels)
     return sample(
         world, job.pulls, noise, steps=settings.steps, sampler=settings.sampler, strength=settings.strength,
         seed=job.seeds[0],
@@ -327,21 +330,112 @@ SUITES: dict[str, Callable[[World, Settings], list[Suite]]] = {
 }
 
 
-def evaluate(
-    names: Sequence[str], settings: Settings, progress: Callable[[str, int, int], None] = lambda *_: None
-) -> list[Row]:
+Progress = Callable[[str, int, int], None]
+
+
+def evaluate(names: Sequence[str], settings: Settings, progress: Progress = lambda *_: None) -> list[Row]:
     """Rows of the named suites, in their order."""
-    world = load_world(settings.models)
     processes = settings.processes or os.cpu_count() or 1
     result: list[Row] = []
-    workers = ProcessPoolExecutor(processes, get_context("spawn"), _worker, (settings.models,))
-    twins: dict[tuple[int, ...], Tensor] = {}
-    with workers as pool, torch.no_grad():
+    with ProcessPoolExecutor(processes, get_context("spawn"), _worker) as pool, torch.no_grad():
         for name in names:
-            for suite in SUITES[name](world, settings):
-                guided, plain = _with_twins(pool, suite.jobs, twins, settings, functools.partial(progress, name))
-                result += suite.rows(guided, plain)
+            if name == "latent":
+                result += latent_rows(pool, settings, progress)
+            else:
+                result += suite_rows(pool, SUITES[name], settings, functools.partial(progress, name))
     return result
+
+
+def suite_rows(
+    pool: Executor,
+    make: Callable[[World, Settings], list[Suite]],
+    settings: Settings,
+    progress: Callable[[int, int], None],
+    twins: dict[tuple[int, ...], Tensor] | None = None,
+) -> list[Row]:
+    """The rows of one suite in the world of the settings. ``twins`` keeps unguided pictures for suites that follow."""
+    world, result = _worker_world(settings.world), []
+    for suite in make(world, settings):
+        guided, plain = _with_twins(pool, suite.jobs, {} if twins is None else twins, settings, progress)
+        result += suite.rows(guided, plain)
+    return result
+
+
+def latent_rows(pool: Executor, settings: Settings, progress: Progress) -> list[Row]:
+    """`<eps|v|flow>/<route>/<text|content|style|structure>`: every latent model through every route."""
+    result: list[Row] = []
+    for model in settings.latent_models:
+        twins: dict[tuple[int, ...], Tensor] = {}  # unguided, they do not depend on the route
+        for route in ROUTES:
+            here = replace(settings, world=replace(settings.world, model=model, route=route))
+            cost = step_cost(_worker_world(here.world))
+            for kind, make in LATENT_SUITES.items():
+                name = f"{model}/{route}/{kind}"
+                rows = suite_rows(pool, make, here, functools.partial(progress, name), twins)
+                bar = 0.8 if kind == "text" and route == "noisy linear" else None
+                result += [
+                    replace(row, name=f"{model}/{route}/{row.name}", bar=bar, cost_ms=cost[kind]) for row in rows
+                ]
+    return result
+
+
+def step_cost(world: World, count: int = 8, times: int = 3) -> dict[str, float]:
+    """Milliseconds that guidance adds to a step, a picture, by kind, on this process's threads."""
+    channels, size, _ = world.denoiser.shape
+    sigma = torch.full((count,), 0.6 if world.denoiser.convention is Convention.FLOW else 2.0)
+    x = seeded_noise(range(count), size, channels) * sigma[0]
+    denoised, result = world.denoiser(x, sigma), {}
+    for kind in LATENT_SUITES:
+        pull = Pull(kind, "a person with glasses" if kind == "text" else world.renders[0])
+        run = world.open_run((replace(world.term(pull), start=0.0, end=1.0),), Strength())
+        guide(denoised, x, sigma, run)  # the first looks at references
+        start = time.perf_counter()
+        for _ in range(times):
+            guide(denoised, x, sigma, run)
+        result[kind] = (time.perf_counter() - start) / times / count * 1000
+    return result
+
+
+def latent_text(world: World, settings: Settings) -> list[Suite]:
+    """One-attribute prompts, as many pictures of every attribute that the judge can judge."""
+    fit = judge_accuracy(world)
+    names = [name for name in ATTRIBUTES if fit[name] >= JUDGE_BAR]
+    each = replace(settings, samples=-(-settings.samples // len(names)))
+    jobs, asked, seed = [], [], settings.block * BLOCK_SEEDS
+    for name in names:
+        for value in scored_values(world, name):
+            count = -(-each.samples // len(scored_values(world, name)))
+            pull = Pull("text", prompt({name: world.judge.attributes[name][value]}))
+            for start in range(0, count, CHUNK):
+                jobs.append(Job((pull,), tuple(range(seed + start, seed + min(start + CHUNK, count)))))
+            asked += [{name: value}] * count
+            seed += count
+
+    def rows(images: Tensor, twins: Tensor) -> list[Row]:
+        hit, plain = (float(hits(world, x, asked).mean()) for x in (images, twins))
+        return [Row("text", len(asked), hit, plain, None)]
+
+    return [Suite(jobs, rows)]
+
+
+def first_row(make: Callable[[World, Settings], list[Suite]]) -> Callable[[World, Settings], list[Suite]]:
+    """A suite that gives only its first row, the one that the kind is about."""
+
+    def first(world: World, settings: Settings) -> list[Suite]:
+        return [
+            Suite(suite.jobs, lambda images, twins, suite=suite: suite.rows(images, twins)[:1])
+            for suite in make(world, settings)
+        ]
+
+    return first
+
+
+LATENT_SUITES: dict[Kind, Callable[[World, Settings], list[Suite]]] = {
+    "text": latent_text,
+    "content": first_row(content),
+    "structure": first_row(structure),
+    "style": first_row(style),
+}
 
 
 def _with_twins(
@@ -362,7 +456,7 @@ def _with_twins(
 
 
 def as_json(rows: Sequence[Row]) -> dict[str, list[dict[str, object]]]:
-    """{"rows": [{"name", "n", "value", "unguided", "bar"}]}."""
+    """{"rows": [{"name", "n", "value", "unguided", "bar", "cost_ms"}]}."""
     return {"rows": [asdict(row) for row in rows]}
 
 

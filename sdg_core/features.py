@@ -23,6 +23,10 @@ class Features:
         """The same features on a device."""
         return Features(tuple(m.to(device) for m in self.maps), None if self.embed is None else self.embed.to(device))
 
+    def take(self, rows: Tensor | slice) -> Features:
+        """The features of some samples."""
+        return Features(tuple(m[rows] for m in self.maps), None if self.embed is None else self.embed[rows])
+
 
 def gram(feature_map: Tensor, centred: bool = True) -> Tensor:
     """Gram matrix (B, C, C) of a map (B, C, H, W): products of channels averaged over positions, per sample.

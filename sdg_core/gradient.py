@@ -5,14 +5,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .features import Features
-from .guidance import Encoder, Term
+from .guidance import Encoder, Guidance, Term
+from .views import View
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -50,23 +55,99 @@ def as_normal(tensor: Tensor) -> Tensor:
             return tensor.clone()
 
 
-def score_gradient(
-    encoder: Encoder, terms: Sequence[Term], weights: Tensor, targets: Sequence[Features], u: Tensor, t: Tensor
-) -> tuple[Tensor, Tensor]:
-    """grad_u of F = sum_k weights_k * score_k(E'(u, t)), per sample.
+@dataclass(frozen=True)
+class Sight:
+    """What the encoder looks at: ``view`` of a tensor x of which ``signal`` (B,) is x_0, at timestep t (1 or B,)."""
 
-    u: pictures in VP scaling (B, 3, H, W). t: (1,) or (B,). weights: (K, B), one row per term. Returns the gradient
-    (B, 3, H, W) and the scores (K, B), both float32. Samples do not mix: their sum is taken only for autograd.
+    view: View
+    signal: Tensor
+    t: Tensor
+
+    def take(self, rows: slice) -> Sight:
+        return Sight(self.view, self.signal[rows], self.t if len(self.t) == 1 else self.t[rows])
+
+
+def score_gradient(
+    encoder: Encoder,
+    terms: Sequence[Term],
+    weights: Tensor,
+    targets: Sequence[Target],
+    x: Tensor,
+    sight: Sight,
+) -> tuple[Tensor, Tensor]:
+    """grad_x of F = sum_k weights_k * score_k(E'(view(x), t)), per sample.
+
+    x (B, C, H, W). weights (K, B), one row per term. Returns the gradient (B, C, H, W) and the scores (K, B), both
+    float32. Samples do not mix: their sum is taken only for autograd.
     """
     depth = max(term.guidance.depth(encoder) for term in terms)
-    with gradient_scope(*([encoder] if isinstance(encoder, nn.Module) else [])):
-        u = u.detach().float().clone().requires_grad_(True)
-        features = encoder(u, as_normal(t).clone(), depth)
+    with gradient_scope(*([encoder] if isinstance(encoder, nn.Module) else []), *sight.view.modules):
+        x = x.detach().float().clone().requires_grad_(True)
+        picture = sight.view.picture(x, as_normal(sight.signal).clone())
+        features = encoder(picture, as_normal(sight.t).clone(), depth)
         scores = torch.stack(
-            [term.guidance.score(features, _normal(target)) for term, target in zip(terms, targets, strict=True)]
+            [target.score(term.guidance, features) for term, target in zip(terms, targets, strict=True)]
         )
-        (grad,) = torch.autograd.grad((as_normal(weights).clone() * scores).sum(), u)
+        (grad,) = torch.autograd.grad((as_normal(weights).clone() * scores).sum(), x)
     return grad, scores.detach()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a term compares with. ``reference`` (B,) picks one of the target's references for each sample (the frames of
+    a video); None averages over all of them.
+    """
+
+    features: Features
+    reference: Tensor | None = None
+
+    def take(self, rows: slice) -> Target:
+        return self if self.reference is None else Target(self.features, self.reference[rows])
+
+    def score(self, guidance: Guidance, features: Features) -> Tensor:
+        """(B,)."""
+        wanted = _normal(self.features)
+        if self.reference is None:
+            return guidance.score(features, wanted)
+        parts = []
+        for i, r in enumerate(self.reference.tolist()):
+            parts.append(guidance.score(features.take(slice(i, i + 1)), wanted.take(slice(r, r + 1))))
+        return torch.cat(parts)
+
+
+class Chunks:
+    """How many samples a gradient takes at once. Out of memory halves it, for the rest of the run, and says so once."""
+
+    def __init__(self) -> None:
+        self.size: int | None = None
+
+    def gradient(
+        self,
+        encoder: Encoder,
+        terms: Sequence[Term],
+        weights: Tensor,
+        targets: Sequence[Target],
+        x: Tensor,
+        sight: Sight,
+    ) -> tuple[Tensor, Tensor]:
+        """``score_gradient``, in as many parts as memory asks for. A single sample that doesn't fit raises as it is."""
+        while True:
+            size = min(self.size or len(x), len(x))
+            try:
+                parts = []
+                for start in range(0, len(x), size):
+                    rows = slice(start, start + size)
+                    few = [target.take(rows) for target in targets]
+                    parts.append(score_gradient(encoder, terms, weights[:, rows], few, x[rows], sight.take(rows)))
+                return torch.cat([grad for grad, _ in parts]), torch.cat([scores for _, scores in parts], dim=1)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                told, self.size = self.size is not None, size // 2
+            if not told:
+                log.warning("Out of memory in the guidance gradient of %d pictures; it is taken in parts now.", size)
+            if x.device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 def _normal(features: Features) -> Features:

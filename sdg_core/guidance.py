@@ -7,16 +7,17 @@ for every layer, encoder and resolution.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .clip import unit
 from .features import Features, gram, squared_distance, squared_size
-from .noisy_clip import unit
 from .schedule import TimestepTable
 
 DEFAULT_SCALE = {"text": 200.0, "content": 300.0, "structure": 300.0, "style": 1000.0}
@@ -30,8 +31,12 @@ Text decides little in the noisiest steps and harms the finest ones (Kynkaanniem
 
 
 class Encoder(Protocol):
-    """What guidance needs of an encoder (``NoisyCLIP`` is one). See there for the contracts."""
+    """What guidance needs of an encoder (``NoisyCLIP`` and ``CleanCLIP`` are two). See there for the contracts.
 
+    ``reads``: x_t ("noisy", and then it has a ``table`` of timesteps) or the model's estimate of x_0 ("denoised").
+    """
+
+    reads: Literal["noisy", "denoised"]
     table: TimestepTable
     full_depth: int
 
@@ -138,12 +143,31 @@ class StyleGuidance:
         return _closeness([gram(features.maps[layer - 1], self.centred) for layer in self.layers], target)
 
 
+@dataclass(frozen=True)
+class Fade:
+    """A weight between 0 and 1 over the noise: one half at sigma / alpha = ``ratio``, linear in its logarithm, 0 and 1
+    at ``width`` times less and more. ``rising``: 1 at high noise; otherwise 1 at low noise. The two add up to 1.
+    """
+
+    ratio: float
+    rising: bool
+    width: float = 2.0
+
+    def __call__(self, ratio: Tensor) -> Tensor:
+        """Weights at noise ratios (B,)."""
+        position = (ratio.clamp(min=1e-12) / self.ratio).log() / (2 * math.log(self.width))
+        weight = (0.5 + position).clamp(0, 1)
+        return weight if self.rising else 1 - weight
+
+
 @dataclass(frozen=True, eq=False)
 class Term:
     """One guidance with the encoder that it reads by, its scale, and where in the run it acts.
 
     ``start`` and ``end`` are fractions of the sampling run (0 is pure noise, 1 the finished picture). A negative scale
-    pushes away. A combined guidance is a tuple of terms; its score is the sum of scale * score.
+    pushes away. A combined guidance is a tuple of terms; its score is the sum of scale * score. ``fade`` weighs by the
+    noise, where two encoders share the work. ``frames``: those of a video to guide, negative ones counted from the
+    end; None is all.
     """
 
     guidance: Guidance
@@ -151,6 +175,8 @@ class Term:
     scale: float
     start: float = 0.0
     end: float = 1.0
+    fade: Fade | None = None
+    frames: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= 1:
@@ -162,11 +188,7 @@ class Term:
 
 def combine(parts: Sequence[tuple[tuple[Term, ...], float]]) -> tuple[Term, ...]:
     """The weighted sum of guidances: F = w_1 F_1 + w_2 F_2 + ..., as one tuple of terms."""
-    return tuple(
-        Term(term.guidance, term.encoder, weight * term.scale, term.start, term.end)
-        for terms, weight in parts
-        for term in terms
-    )
+    return tuple(replace(term, scale=weight * term.scale) for terms, weight in parts for term in terms)
 
 
 def check_layers(layers: tuple[int, ...], encoder: Encoder) -> tuple[int, ...]:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .features import Features
-from .gradient import score_gradient
-from .guidance import Encoder, Term, fit
+from .gradient import Chunks, Sight, Target
+from .guidance import Encoder, Guidance, Term, fit
 from .schedule import Convention, expand
+from .views import PIXEL_VIEW, View
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,9 @@ REFERENCE_SEED = 0
 
 LEVELS_KEPT = 4
 """Noise levels whose reference features stay in memory."""
+
+CLEAN = -1.0
+"""The noise level under which features of clean references are kept."""
 
 MIN_ALPHA = 1e-4
 """Below this signal scale (flow models at sigma = 1) x_t holds nothing to read: the step is not guided."""
@@ -66,31 +70,81 @@ class StepTrace:
 class GuidanceRun:
     """State of one sampling run: born with it, dropped with it.
 
-    ``percent_to_sigma`` maps a fraction of the run to the model's sigma (0 -> above every sigma, 1 -> 0).
+    ``percent_to_sigma`` maps a fraction of the run to the model's sigma (0 -> above every sigma, 1 -> 0). ``view_of``
+    says through which view an encoder looks at this model. ``variance`` is that of the model's data, per element: 0.25
+    for pixels in -1..1, about 1 for scaled latents; encoders of denoised need it.
     """
 
     terms: tuple[Term, ...]
     convention: Convention
     percent_to_sigma: Callable[[float], float]
     strength: Strength = field(default_factory=Strength)
+    view_of: Callable[[Encoder], View] = lambda encoder: PIXEL_VIEW
+    variance: float = 0.25
     trace: list[StepTrace] = field(default_factory=list)
     _targets: dict[float, dict[int, Features]] = field(default_factory=dict)
+    _chunks: Chunks = field(default_factory=Chunks)
 
-    def weights(self, sigma: Tensor) -> Tensor:
-        """Scale of every term at sigma (B,): (K, B), 0 outside its interval and where x_t holds no signal."""
-        readable = self.convention.alpha(sigma) > MIN_ALPHA
+    def weights(self, sigma: Tensor, frame: Tensor | None = None, frames: int = 1) -> Tensor:
+        """Scale of every term at sigma (B,): (K, B), 0 outside its interval and where x_t holds no signal.
+
+        ``frame`` (B,) counts 0..frames - 1 where the samples are frames of videos.
+        """
+        alpha = self.convention.alpha(sigma)
         weights = torch.zeros(len(self.terms), len(sigma), device=sigma.device)
         for row, term in zip(weights, self.terms, strict=True):
             start, end = self.percent_to_sigma(term.start), self.percent_to_sigma(term.end)
-            row.copy_(term.scale * (readable & (sigma <= start) & (sigma > end)))
+            row.copy_(term.scale * ((alpha > MIN_ALPHA) & (sigma <= start) & (sigma > end)))
+            if term.fade is not None:
+                row.mul_(term.fade(sigma / alpha.clamp(min=MIN_ALPHA)))
+            if term.frames is not None and frame is not None:
+                chosen = torch.tensor([f % frames for f in check_frames(term.frames, frames)], device=frame.device)
+                row.mul_(torch.isin(frame, chosen))
         return weights
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one model evaluation gave, as pictures: x_t and denoised (B, C, H, W) at sigma (B,).
+
+    Frames of videos are samples like others; ``frame`` (B,) then counts them from 0 to ``frames`` - 1.
+    """
+
+    x_t: Tensor
+    denoised: Tensor
+    sigma: Tensor
+    frame: Tensor | None = None
+    frames: int = 1
+
+    @classmethod
+    def of(cls, denoised: Tensor, x_t: Tensor, sigma: Tensor) -> Batch:
+        """From pictures (B, C, H, W) or videos (B, C, T, H, W). Raises ValueError for other shapes."""
+        if x_t.ndim == 4:
+            return cls(x_t, denoised, sigma)
+        if x_t.ndim != 5:
+            raise ValueError(
+                f"Got a latent of shape {tuple(x_t.shape)}; guidance reads pictures (batch, channels, height, width) "
+                "and videos (batch, channels, frames, height, width)."
+            )
+        B, T = x_t.shape[0], x_t.shape[2]
+        x, d = (v.transpose(1, 2).flatten(0, 1) for v in (x_t, denoised))
+        return cls(x, d, sigma.repeat_interleave(T), torch.arange(T, device=sigma.device).repeat(B), T)
+
+    def take(self, rows: Tensor) -> Batch:
+        """Some of its samples."""
+        frame = None if self.frame is None else self.frame[rows]
+        return Batch(self.x_t[rows], self.denoised[rows], self.sigma[rows], frame, self.frames)
+
+    def unfold(self, shift: Tensor) -> Tensor:
+        """(B T, C, H, W) back to the shape that came in."""
+        return shift if self.frame is None else shift.unflatten(0, (-1, self.frames)).transpose(1, 2)
 
 
 def guide(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Tensor:
     """The guided estimate of x_0.
 
-    denoised, x_t: (B, 3, H, W) in the model's own scaling; sigma: (B,). Returns ``denoised`` itself, untouched, where
-    every scale is 0. Otherwise a new tensor of denoised's dtype:
+    denoised, x_t: (B, C, H, W), or videos (B, C, T, H, W), in the model's own scaling; sigma: (B,). Returns
+    ``denoised`` itself, untouched, where every scale is 0. Otherwise a new tensor of denoised's dtype:
 
         denoised' = denoised + sigma^2 / alpha * grad_{x_t} F        (absolute strength, before the cap)
     """
@@ -100,52 +154,74 @@ def guide(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Ten
 
 def guidance_shift(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Tensor | None:
     """What ``guide`` adds, float32, or None where there is nothing to add."""
-    sigma = sigma.float().expand(len(x_t))
-    weights = run.weights(sigma)
+    batch = Batch.of(denoised, x_t, sigma.float().expand(len(x_t)))
+    weights = run.weights(batch.sigma, batch.frame, batch.frames)
     if not bool((weights != 0).any()):
         return None
-    grad, scores = guidance_gradient(x_t, sigma, weights, run)
-    alpha, s = expand(run.convention.alpha(sigma), x_t), expand(sigma, x_t)
+    grad, scores = guidance_gradient(batch, weights, run)
+    alpha, s = (expand(v, batch.x_t) for v in (run.convention.alpha(batch.sigma), batch.sigma))
     usable = alpha > MIN_ALPHA
     alpha = torch.where(usable, alpha, torch.ones_like(alpha))
     shift = torch.where(usable, s.square() / alpha * grad, torch.zeros_like(grad))
-    step = (x_t.float() - alpha * denoised.float()) / alpha  # sigma / alpha * eps: the model's own step
+    step = (batch.x_t.float() - alpha * batch.denoised.float()) / alpha  # sigma / alpha * eps: the model's own step
     shift, pull, capped = _bounded(shift, rms(step), run.strength)
-    run.trace.append(StepTrace(float(sigma[0]), scores, pull, capped))
-    return shift
+    run.trace.append(StepTrace(float(sigma.flatten()[0]), scores, pull, capped))
+    return batch.unfold(shift)
 
 
-def guidance_gradient(x_t: Tensor, sigma: Tensor, weights: Tensor, run: GuidanceRun) -> tuple[Tensor, Tensor]:
-    """grad_{x_t} F (B, 3, H, W) and the scores (K, B). SNR matching brings x_t to each encoder's own scaling.
+def guidance_gradient(batch: Batch, weights: Tensor, run: GuidanceRun) -> tuple[Tensor, Tensor]:
+    """grad_{x_t} F (B, C, H, W) and the scores (K, B), by every encoder that has a weight here.
 
     A batch at several noise levels is taken level by level, because references are looked at at one level at a time.
+    Samples without any weight (a video's other frames) are left out.
     """
-    grad = torch.zeros_like(x_t, dtype=torch.float32)
+    grad = torch.zeros_like(batch.x_t, dtype=torch.float32)
     scores = torch.zeros_like(weights)
-    if bool((sigma != sigma[0]).any()):
-        for level in sigma.unique():
-            at = sigma == level
-            grad[at], scores[:, at] = guidance_gradient(x_t[at], sigma[at], weights[:, at], run)
-        return grad, scores
-    for encoder, members in _by_encoder(run.terms, weights):
-        ratio, norm = encoder_noise(encoder, x_t, sigma, run.convention)
-        t = encoder.table.timestep(ratio[:1])
-        targets = [_target(run, k, encoder, x_t, ratio) for k in members]
-        terms = [run.terms[k] for k in members]
-        u = x_t.float() / expand(norm, x_t)
-        part, part_scores = score_gradient(encoder, terms, weights[members], targets, u, t)
-        grad = grad + part / expand(norm, x_t)
-        scores[members] = part_scores
+    for level in batch.sigma.unique():
+        for encoder, members in _by_encoder(run.terms, weights):
+            rows = torch.nonzero((batch.sigma == level) & (weights[members] != 0).any(dim=0)).flatten()
+            if len(rows):
+                some = weights[members][:, rows]
+                part, part_scores = _encoder_gradient(encoder, members, batch.take(rows), some, run)
+                grad[rows] += part
+                scores[torch.tensor(members)[:, None], rows] = part_scores
     return grad, scores
 
 
-def encoder_noise(encoder: Encoder, x_t: Tensor, sigma: Tensor, convention: Convention) -> tuple[Tensor, Tensor]:
+def _encoder_gradient(
+    encoder: Encoder, members: list[int], batch: Batch, weights: Tensor, run: GuidanceRun
+) -> tuple[Tensor, Tensor]:
+    """The part of one encoder, at one noise level: of x_t in its own scaling (SNR matching), or of denoised.
+
+    The gradient of a score of denoised, G, counts as alpha v / (alpha^2 v + sigma^2) G, so that Tweedie's sigma^2 /
+    alpha turns it into the posterior variance, which is exact for Gaussian data of variance v per element.
+    """
+    view, x, sigma = run.view_of(encoder), batch.x_t, batch.sigma
+    terms = [run.terms[k] for k in members]
+    alpha = run.convention.alpha(sigma)
+    if encoder.reads == "denoised":
+        sight = Sight(view, torch.ones_like(sigma), torch.zeros_like(sigma[:1]))
+        targets = [_target(run, k, encoder, view, batch, None) for k in members]
+        grad, scores = run._chunks.gradient(encoder, terms, weights, targets, batch.denoised, sight)
+        factor = alpha * run.variance / (alpha.square() * run.variance + sigma.square())
+        return grad * expand(factor, x), scores
+    ratio, norm = encoder_noise(encoder, view.size(*x.shape[-2:]), sigma, run.convention)
+    sight = Sight(view, alpha / norm, encoder.table.timestep(ratio[:1]))
+    targets = [_target(run, k, encoder, view, batch, ratio[:1]) for k in members]
+    u = x.float() / expand(norm, x)
+    grad, scores = run._chunks.gradient(encoder, terms, weights, targets, u, sight)
+    return grad / expand(norm, x), scores
+
+
+def encoder_noise(
+    encoder: Encoder, size: tuple[int, int], sigma: Tensor, convention: Convention
+) -> tuple[Tensor, Tensor]:
     """SNR matching: the noise ratio (B,) that the encoder sees, and the divisor (B,) that takes x_t to its VP scaling.
 
-    An encoder that averages g-times-smaller noise out of a larger picture sees sigma / alpha * g.
+    An encoder that averages g-times-smaller noise out of a larger picture, ``size`` (h, w), sees sigma / alpha * g.
     """
     alpha = convention.alpha(sigma).clamp(min=MIN_ALPHA)
-    ratio = sigma / alpha * encoder.noise_gain(*x_t.shape[-2:])
+    ratio = sigma / alpha * encoder.noise_gain(*size)
     return ratio, alpha * (1 + ratio.square()).sqrt()
 
 
@@ -163,29 +239,53 @@ def _by_encoder(terms: tuple[Term, ...], weights: Tensor) -> list[tuple[Encoder,
     return list(groups.values())
 
 
-def _target(run: GuidanceRun, k: int, encoder: Encoder, x_t: Tensor, ratio: Tensor) -> Features:
+def _target(run: GuidanceRun, k: int, encoder: Encoder, view: View, batch: Batch, ratio: Tensor | None) -> Target:
     """The target of term k at this noise: references get the run's fixed noise, and are looked at once per sigma.
 
-    Only the latest noise levels are kept; a sampler of higher order comes back to those.
+    Only the latest noise levels are kept; a sampler of higher order comes back to those. References of encoders that
+    read denoised (``ratio`` None) are clean and stay.
     """
-    level = run._targets.setdefault(float(ratio[0]), {})
+    level = run._targets.setdefault(CLEAN if ratio is None else float(ratio[0]), {})
     if k not in level:
-        look = functools.partial(_look, encoder, x_t, ratio[:1])
-        level[k] = run.terms[k].guidance.target(look).to(x_t.device)
-    while len(run._targets) > LEVELS_KEPT:
-        del run._targets[next(iter(run._targets))]
-    return level[k]
+        look = functools.partial(_look, encoder, view, batch.x_t, ratio)
+        level[k] = run.terms[k].guidance.target(look).to(batch.x_t.device)
+    noisy = [key for key in run._targets if key != CLEAN]
+    for key in noisy[:-LEVELS_KEPT]:
+        del run._targets[key]
+    return Target(level[k], _frame_references(run.terms[k].guidance, batch))
 
 
-def _look(encoder: Encoder, x_t: Tensor, ratio: Tensor, image: Tensor, depth: int | None) -> Features:
-    """Features of references (R, 3, h, w) at the size of x_t, with the fixed noise at ratio (1,)."""
-    H, W = x_t.shape[-2:]
-    generator = torch.Generator().manual_seed(REFERENCE_SEED)
-    eps = torch.randn(1, 3, H, W, generator=generator).to(x_t.device)
-    x_0 = fit(image.to(x_t.device), H, W)
-    u = (x_0 + eps * ratio / encoder.noise_gain(H, W)) / (1 + ratio.square()).sqrt()
+def _frame_references(guidance: Guidance, batch: Batch) -> Tensor | None:
+    """Which reference each frame follows: several are spread evenly over the frames of a video, from first to last."""
+    count = len(getattr(guidance, "image", ()))
+    if batch.frame is None or count < 2:
+        return None
+    return (batch.frame * (count - 1) / max(batch.frames - 1, 1)).round().long()
+
+
+def _look(
+    encoder: Encoder, view: View, x_t: Tensor, ratio: Tensor | None, image: Tensor, depth: int | None
+) -> Features:
+    """Features of references (R, 3, h, w) at the size of the view, with the fixed noise at ratio (1,), if any."""
+    x_0 = fit(image.to(x_t.device), *view.size(*x_t.shape[-2:]))
+    depth = depth or encoder.full_depth
     with torch.no_grad():
-        return encoder(u, encoder.table.timestep(ratio), depth or encoder.full_depth)
+        if ratio is None:
+            return encoder(x_0, torch.zeros(1, device=x_t.device), depth)
+        generator = torch.Generator().manual_seed(REFERENCE_SEED)
+        noise = view.noise(torch.randn(1, *x_t.shape[1:], generator=generator).to(x_t.device))
+        u = (x_0 + noise * ratio / encoder.noise_gain(*x_0.shape[-2:])) / (1 + ratio.square()).sqrt()
+        return encoder(u, encoder.table.timestep(ratio), depth)
+
+
+def check_frames(chosen: tuple[int, ...], frames: int) -> tuple[int, ...]:
+    """The chosen frames, if the video has them. Raises ValueError otherwise."""
+    if not chosen or not all(-frames <= f < frames for f in chosen):
+        raise ValueError(
+            f"Got the frames {list(chosen)}; this video has {frames} latent frames, 0..{frames - 1}, or -{frames}..-1 "
+            "from the end. Choose among those; a latent frame holds several of the video's."
+        )
+    return chosen
 
 
 def _bounded(shift: Tensor, step: Tensor, strength: Strength) -> tuple[Tensor, Tensor, Tensor]:

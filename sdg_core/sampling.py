@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .adm import ADMUNet
-from .guide import GuidanceRun, guidance_gradient, guide
+from .guide import Batch, GuidanceRun, guidance_gradient, guide
 from .schedule import Convention, TimestepTable, expand
 
 
@@ -46,25 +46,52 @@ Predict = Callable[[Tensor, Tensor], Prediction]
 
 
 class ADMDenoiser:
-    """An ADM UNet as a denoiser in VE scaling; denoised is clamped to -1..1 (the paper's clip_denoised)."""
+    """An ADM UNet as a denoiser, in VE scaling, or, where it predicts the flow, in FLOW scaling.
+
+    Pixels are clamped to -1..1 (the paper's clip_denoised); latents have no bounds.
+    """
 
     def __init__(self, unet: ADMUNet) -> None:
         self.unet = unet
         self.table = TimestepTable.from_name(unet.config.beta_schedule)
+        self.convention = Convention.FLOW if unet.config.prediction == "flow" else Convention.VE
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what it draws."""
+        config = self.unet.config
+        return config.channels, config.image_size, config.image_size
 
     def predict(self, x: Tensor, sigma: Tensor) -> Prediction:
         """Denoised and the variance fraction at sigma (B,), read at the nearest timestep of training."""
+        s, config = expand(sigma.float(), x), self.unet.config
+        if self.convention is Convention.FLOW:
+            with torch.no_grad():
+                return Prediction(x - self.unet(x, 1000 * sigma) * s)
         with torch.no_grad():
-            s = expand(sigma.float(), x)
             power = s.square() + 1
             out = self.unet(x / power.sqrt(), self.table.timestep(sigma).round())
-        mean, variance = out.chunk(2, dim=1) if self.unet.config.learn_sigma else (out, None)
-        eps = self.unet.config.prediction == "eps"
-        denoised = x - mean * s if eps else x / power - mean * s / power.sqrt()
-        return Prediction(denoised.clamp(-1, 1), None if variance is None else (variance + 1) / 2)
+        mean, variance = out.chunk(2, dim=1) if config.learn_sigma else (out, None)
+        denoised = x - mean * s if config.prediction == "eps" else x / power - mean * s / power.sqrt()
+        bounded = denoised if config.latent_format is not None else denoised.clamp(-1, 1)
+        return Prediction(bounded, None if variance is None else (variance + 1) / 2)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         return self.predict(x, sigma).denoised
+
+    def sigmas(self, steps: int) -> Tensor:
+        """The sampler's noise levels, (steps + 1,): ComfyUI's "normal" schedule, or a straight line for the flow."""
+        return (
+            torch.linspace(1, 0, steps + 1) if self.convention is Convention.FLOW else normal_sigmas(self.table, steps)
+        )
+
+    def initial(self, noise: Tensor, sigmas: Tensor) -> Tensor:
+        """x at the first sigma, from unit noise."""
+        return noise * sigmas[0] if self.convention is Convention.FLOW else initial(noise, sigmas[0])
+
+    def percent_to_sigma(self) -> Callable[[float], float]:
+        """Fraction of the run -> sigma, as ComfyUI counts it."""
+        return (lambda percent: 1 - percent) if self.convention is Convention.FLOW else percent_to_sigma(self.table)
 
 
 def guided(denoise: Denoise, run: GuidanceRun) -> Denoise:
@@ -122,6 +149,20 @@ def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: torc
 
 
 @torch.no_grad()
+def euler_ancestral_flow(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: torch.Generator) -> Iterator[Step]:
+    """The same for flow models: the signal, too, is brought to the scale of the next sigma (eta 1)."""
+    for i, (s, s_next) in enumerate(itertools.pairwise(sigmas)):
+        denoised = denoise(x, s.expand(len(x)))
+        down = s_next * s_next / s
+        x = down / s * x + (1 - down / s) * denoised
+        if s_next > 0:
+            shrink = (1 - s_next) / (1 - down)
+            up = (s_next**2 - down**2 * shrink**2).clamp(min=0).sqrt()
+            x = shrink * x + noise_like(x, generator) * up
+        yield Step(i, len(sigmas) - 1, float(s), x, denoised)
+
+
+@torch.no_grad()
 def paper(
     predict: Predict, x: Tensor, sigmas: Tensor, generator: torch.Generator, run: GuidanceRun | None = None
 ) -> Iterator[Step]:
@@ -138,7 +179,7 @@ def paper(
         batch_sigma = s.expand(len(x))
         prediction = predict(x, batch_sigma)
         mean, variance = posterior(prediction, x * float(abar[i].sqrt()), float(abar[i]), float(abar[i + 1]))
-        mean = mean + variance * _vp_gradient(x, batch_sigma, run) if run is not None else mean
+        mean = mean + variance * _vp_gradient(prediction.denoised, x, batch_sigma, run) if run is not None else mean
         last = float(sigmas[i + 1]) == 0
         sample = mean if last else mean + variance.sqrt() * noise_like(x, generator)
         x = sample / float(abar[i + 1].sqrt())
@@ -168,10 +209,10 @@ def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(x.shape, dtype=x.dtype, device=generator.device, generator=generator).to(x.device)
 
 
-def _vp_gradient(x: Tensor, sigma: Tensor, run: GuidanceRun) -> Tensor:
+def _vp_gradient(denoised: Tensor, x: Tensor, sigma: Tensor, run: GuidanceRun) -> Tensor:
     """grad F in VP scaling at VE-scaled x: grad_u = grad_x * dx/du, with x = u * sqrt(1 + sigma^2)."""
     weights = run.weights(sigma)
     if not bool((weights != 0).any()):
         return torch.zeros_like(x)
-    grad, _ = guidance_gradient(x, sigma, weights, run)
+    grad, _ = guidance_gradient(Batch(x, denoised, sigma), weights, run)
     return torch.nan_to_num(grad * expand((1 + sigma.square()).sqrt(), grad), posinf=0.0, neginf=0.0)

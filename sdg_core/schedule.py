@@ -35,9 +35,10 @@ class Convention(enum.Enum):
 
 
 def betas(name: str, timesteps: int = 1000) -> Tensor:
-    """The training schedules of guided-diffusion, float64 (timesteps,).
+    """The field's training schedules, float64 (timesteps,).
 
-    "linear" runs from 1e-4 to 2e-2 (at 1000 steps), "cosine" is Nichol and Dhariwal's with betas at most 0.999.
+    guided-diffusion's: "linear" runs from 1e-4 to 2e-2 (at 1000 steps), "cosine" is Nichol and Dhariwal's with betas
+    at most 0.999. Latent diffusion's: "scaled_linear", the square of a line whose ends square to 8.5e-4 and 1.2e-2.
     """
     if name == "linear":
         scale = 1000 / timesteps
@@ -46,7 +47,9 @@ def betas(name: str, timesteps: int = 1000) -> Tensor:
         t = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
         abar = torch.cos((t + 0.008) / 1.008 * torch.pi / 2).square()
         return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
-    raise ValueError(f'Got the noise schedule "{name}"; wanted "linear" or "cosine".')
+    if name == "scaled_linear":
+        return torch.linspace(8.5e-4**0.5, 1.2e-2**0.5, timesteps, dtype=torch.float64).square()
+    raise ValueError(f'Got the noise schedule "{name}"; wanted "linear", "cosine" or "scaled_linear".')
 
 
 @dataclass(frozen=True)

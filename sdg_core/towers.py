@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -92,13 +93,45 @@ class ViTTower(Tower):
         return tokens[:, 1:].transpose(1, 2).unflatten(2, (H, W))
 
 
+class TimmTower(Tower):
+    """open_clip's TimmModel (SigLIP, ConvNeXt, EVA and kin): maps by timm's own ``forward_intermediates``.
+
+    Up to five maps, evenly spread over those that the trunk offers, the last one always among them.
+    """
+
+    def __init__(self, visual: TimmModel) -> None:
+        super().__init__()
+        self.visual = visual
+        offered = len(visual.trunk.feature_info)
+        self.stages = min(5, offered)
+        self.indices = [(stage + 1) * offered // self.stages - 1 for stage in range(self.stages)]
+
+    def norms(self) -> list[tuple[str, nn.Module]]:
+        raise ValueError(
+            "This image tower (a timm model) can't be made aware of noise yet. Use it clean, or choose a ResNet or ViT."
+        )
+
+    def forward(self, image: Tensor, depth: int) -> Features:
+        trunk = self.visual.trunk
+        if depth <= self.stages:
+            indices = self.indices[:depth]
+            maps = trunk.forward_intermediates(
+                image, indices, stop_early=True, output_fmt="NCHW", intermediates_only=True
+            )
+            return Features(tuple(maps))
+        last, maps = trunk.forward_intermediates(image, self.indices, output_fmt="NCHW")
+        return Features(tuple(maps), self.visual.head(trunk.forward_head(last)))
+
+
 def open_tower(visual: nn.Module) -> Tower:
     """Opens up an open_clip image tower. Raises ValueError for kinds without a known inside."""
     if isinstance(visual, ModifiedResNet):
         return ResNetTower(visual)
     if isinstance(visual, VisionTransformer) and visual.transformer.batch_first:
         return ViTTower(visual)
+    if isinstance(visual, TimmModel) and hasattr(visual.trunk, "forward_intermediates"):
+        return TimmTower(visual)
     raise ValueError(
-        f"Got an image tower of kind {type(visual).__name__}; wanted open_clip's ModifiedResNet or VisionTransformer. "
-        "Use an architecture such as RN50, RN50x16, ViT-B-32 or ViT-L-14."
+        f"Got an image tower of kind {type(visual).__name__}; wanted open_clip's ModifiedResNet, VisionTransformer or "
+        "TimmModel. Use an architecture such as RN50, RN50x16, ViT-B-32 or ViT-L-14."
     )

@@ -1,10 +1,10 @@
-"""The bundled avatars world, ready to sample: model, noisy CLIP, judge and held-out renders."""
+"""The bundled avatars worlds, ready to sample: model, encoder, judge and held-out renders. Of pixels and of latents."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .checkpoint import BUNDLED, load_adm, load_judge, load_noisy_clip
+from .checkpoint import BUNDLED, load_adm, load_clip, load_judge, load_noisy_clip, load_tiny_autoencoder
+from .clip import CleanCLIP
 from .guidance import (
     DEFAULT_INTERVAL,
     DEFAULT_SCALE,
@@ -26,13 +27,21 @@ from .guidance import (
 )
 from .guide import GuidanceRun, Strength
 from .judge import Judge
-from .noisy_clip import NoisyCLIP
-from .sampling import ADMDenoiser, Step, euler, euler_ancestral, guided, initial, normal_sigmas, paper, percent_to_sigma
+from .sampling import ADMDenoiser, Step, euler, euler_ancestral, euler_ancestral_flow, guided, paper
 from .schedule import Convention
+from .views import PIXEL_VIEW, View
 
 Sampler = Literal["euler", "euler_ancestral", "paper"]
 SAMPLERS: tuple[Sampler, ...] = ("euler", "euler_ancestral", "paper")
 Kind = Literal["text", "content", "structure", "style"]
+
+
+LATENT_SCALE = {
+    "noisy linear": DEFAULT_SCALE,
+    "clean linear": DEFAULT_SCALE,
+    "clean decoded": DEFAULT_SCALE,
+}
+"""Scales that the latent models were measured at, by route and kind."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +53,48 @@ class Pull:
     scale: float | None = None
 
 
+Route = Literal["noisy linear", "clean linear", "clean decoded"]
+"""How an encoder looks at a latent model: a noisy CLIP at x_t, or a clean one at denoised, through which view."""
+ROUTES: tuple[Route, ...] = ("noisy linear", "clean linear", "clean decoded")
+LATENT_MODELS = ("eps", "v", "flow")
+
+
+@dataclass(frozen=True)
+class WorldName:
+    """Which world: the folder of its files, and, for the latent one, a model and a route."""
+
+    folder: Path = BUNDLED
+    model: str = ""
+    route: Route | None = None
+
+
 @dataclass(frozen=True)
 class World:
-    """Model, encoder and what measures them. ``renders`` (N, 3, 32, 32) in -1..1, ``labels`` (N, A), -1 unknown."""
+    """Model, encoder and what measures them. ``renders`` (N, 3, 32, 32) in -1..1, ``labels`` (N, A), -1 unknown.
+
+    ``decode`` makes pictures of what the model draws. ``scales`` are the defaults of this world, by kind.
+    """
 
     denoiser: ADMDenoiser
-    encoder: NoisyCLIP
+    encoder: CleanCLIP
     judge: Judge
     renders: Tensor
     labels: Tensor
+    view: View = PIXEL_VIEW
+    variance: float = 0.25
+    decode: Callable[[Tensor], Tensor] = lambda x: x
+    scales: Mapping[str, float] = field(default_factory=lambda: DEFAULT_SCALE)
+
+    def open_run(self, terms: tuple[Term, ...], strength: Strength) -> GuidanceRun:
+        """The state of one sampling run of this world's model."""
+        to_sigma = self.denoiser.percent_to_sigma()
+        return GuidanceRun(
+            terms, self.denoiser.convention, to_sigma, strength, lambda encoder: self.view, self.variance
+        )
 
     def term(self, pull: Pull) -> Term:
         """The pull as a term, at the default scale and interval of its kind unless it has its own scale."""
-        scale = DEFAULT_SCALE[pull.kind] if pull.scale is None else pull.scale
+        scale = self.scales[pull.kind] if pull.scale is None else pull.scale
         return Term(self._guidance(pull), self.encoder, scale, *DEFAULT_INTERVAL[pull.kind])
 
     def _guidance(self, pull: Pull) -> Guidance:
@@ -77,6 +115,31 @@ def load_world(folder: Path = BUNDLED) -> World:
         renders,
         labels,
     )
+
+
+def open_world(name: WorldName) -> World:
+    """The world of a name. Raises FileNotFoundError, naming the file, where one is missing."""
+    return load_world(name.folder) if name.route is None else load_latent_world(name)
+
+
+def load_latent_world(name: WorldName) -> World:
+    """A latent model with the encoder and view of the name's route; references and judge are the pixel world's."""
+    latent = name.folder / "latent"
+    denoiser = ADMDenoiser(load_adm(latent / f"{name.model}.safetensors"))
+    autoencoder = load_tiny_autoencoder(latent / "autoencoder.safetensors")
+    space = denoiser.unet.config.latent_format
+    assert space is not None
+    decoded = space.tiny_view(autoencoder.decoder)
+    noisy = name.route == "noisy linear"
+    encoder = (
+        load_noisy_clip(latent / "noisy_clip.safetensors") if noisy else load_clip(name.folder / "clip.safetensors")
+    )
+    renders, labels = load_renders(name.folder / "renders.png")
+    return World(
+        denoiser, encoder, load_judge(name.folder / "judge.safetensors"), renders, labels,
+        decoded if name.route == "clean decoded" else space.linear_view(), 1.0,
+        lambda x: decoded.decode(x).clamp(-1, 1), LATENT_SCALE[name.route],
+    )  # fmt: skip
 
 
 def save_renders(path: Path, images: np.ndarray, labels: np.ndarray, columns: int = 64) -> None:
@@ -102,14 +165,14 @@ def load_renders(path: Path) -> tuple[Tensor, Tensor]:
     return tiles.float() / 127.5 - 1, torch.tensor(note["labels"])
 
 
-def batch_noise(seed: int, count: int, size: int) -> Tensor:
-    """The noise that ComfyUI draws for a batch of this seed: (count, 3, size, size)."""
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+def batch_noise(seed: int, count: int, size: int, channels: int = 3) -> Tensor:
+    """The noise that ComfyUI draws for a batch of this seed: (count, channels, size, size)."""
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def seeded_noise(seeds: Sequence[int], size: int) -> Tensor:
+def seeded_noise(seeds: Sequence[int], size: int, channels: int = 3) -> Tensor:
     """Noise of single pictures, each from its own seed, so that a batch equals single runs."""
-    return torch.cat([batch_noise(seed, 1, size) for seed in seeds])
+    return torch.cat([batch_noise(seed, 1, size, channels) for seed in seeds])
 
 
 def sample(
@@ -123,24 +186,25 @@ def sample(
     seed: int = 0,
     progress: Callable[[Step], None] = lambda step: None,
 ) -> Tensor:
-    """Guided pictures (B, 3, S, S), about -1..1, from unit noise of the same shape.
+    """Guided pictures (B, 3, S, S), about -1..1, from unit noise of the shape that the model draws.
 
     ``seed`` drives the noise that ancestral samplers add (the first noise is given). ``strength`` does not apply to
     the paper's sampler.
     """
-    table = world.denoiser.table
-    terms = tuple(world.term(pull) for pull in pulls)
-    run = GuidanceRun(terms, Convention.VE, percent_to_sigma(table), strength or Strength())
-    sigmas = normal_sigmas(table, steps)
-    x = initial(noise, sigmas[0])
+    denoiser = world.denoiser
+    run = world.open_run(tuple(world.term(pull) for pull in pulls), strength or Strength())
+    sigmas = denoiser.sigmas(steps)
+    x = denoiser.initial(noise, sigmas)
     generator = torch.Generator().manual_seed(seed + 1)  # ComfyUI's step noise on the CPU starts one seed further
+    ancestral = euler_ancestral_flow if denoiser.convention is Convention.FLOW else euler_ancestral
     if sampler == "paper":
-        process = paper(world.denoiser.predict, x, sigmas, generator, run)
+        process = paper(denoiser.predict, x, sigmas, generator, run)
     elif sampler == "euler_ancestral":
-        process = euler_ancestral(guided(world.denoiser, run), x, sigmas, generator)
+        process = ancestral(guided(denoiser, run), x, sigmas, generator)
     else:
-        process = euler(guided(world.denoiser, run), x, sigmas)
+        process = euler(guided(denoiser, run), x, sigmas)
     for step in process:
         progress(step)
         x = step.x
-    return x
+    with torch.no_grad():
+        return world.decode(x)

@@ -22,6 +22,7 @@ class TinyEncoder(nn.Module):
     """
 
     full_depth = 3
+    reads = "noisy"
 
     def __init__(self, seed: int = 0, gain: float = 1.0) -> None:
         super().__init__()

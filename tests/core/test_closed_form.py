@@ -31,6 +31,7 @@ class ExactEncoder:
     """Its maps are the picture itself, and the signal power abar (B or 1, 1, 1, 1) at its t."""
 
     full_depth = 3
+    reads = "noisy"
 
     table = TimestepTable.from_name("linear")
 

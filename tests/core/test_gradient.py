@@ -11,11 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdg_core.features import Features
-from sdg_core.gradient import as_normal, gradient_scope, score_gradient
+from sdg_core.gradient import Sight, Target, as_normal, gradient_scope
+from sdg_core.gradient import score_gradient as gradient_of_sight
 from sdg_core.guidance import ContentGuidance, StructureGuidance, StyleGuidance, Term, TextGuidance
+from sdg_core.views import PIXEL_VIEW
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 T = torch.tensor([300.0])
+
+
+def score_gradient(encoder, terms, weights, targets, u, t):
+    """The gradient of a pixel picture u at t."""
+    sight = Sight(PIXEL_VIEW, torch.ones(len(u)), t)
+    return gradient_of_sight(encoder, terms, weights, list(map(Target, targets)), u, sight)
 
 
 def text_structure_style(encoder, embed: Tensor) -> tuple[Term, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdg_core.features import Features, gram
-from sdg_core.gradient import score_gradient
+from sdg_core.gradient import Sight, Target, score_gradient
 from sdg_core.guidance import (
     ContentGuidance,
     StructureGuidance,
@@ -18,6 +18,7 @@ from sdg_core.guidance import (
     combine,
     fit,
 )
+from sdg_core.views import PIXEL_VIEW
 
 SHAPES = [(4, 8, 8), (6, 4, 4), (5, 2, 3)]
 IMAGE = torch.zeros(1, 3, 8, 8)
@@ -243,7 +244,10 @@ def test_the_gradient_of_a_sum_is_the_weighted_sum_in_any_order(tiny_encoder, dr
     weights = torch.tensor([[2.0, 0.5], [-3.0, 1.0], [0.0, 4.0]])
 
     def gradient(order: list[int]) -> Tensor:
-        return score_gradient(encoder, [terms[k] for k in order], weights[order], [targets[k] for k in order], u, t)[0]
+        return score_gradient(
+            encoder, [terms[k] for k in order], weights[order], [Target(targets[k]) for k in order], u,
+            Sight(PIXEL_VIEW, torch.ones(len(u)), t),
+        )[0]  # fmt: skip
 
     singles = sum(gradient([k]) for k in range(3))
     torch.testing.assert_close(gradient([0, 1, 2]), singles, rtol=1e-4, atol=1e-6)

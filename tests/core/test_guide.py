@@ -327,6 +327,7 @@ class AveragingEncoder:
     """Reads k x k means, and keeps what it read; its claim of noise is 1 / k. A plain function, no module."""
 
     full_depth = 2
+    reads = "noisy"
 
     def __init__(self, k: int) -> None:
         self.k, self.seen = k, []

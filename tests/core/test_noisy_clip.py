@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from sdg_core.adm import timestep_embedding
 from sdg_core.checkpoint import load_noisy_clip, save, save_noisy_clip
+from sdg_core.clip import CLIP_MEAN, CLIP_STD, build_clip, resize
 from sdg_core.conditioning import TimeConditioning
 from sdg_core.features import Features
-from sdg_core.gradient import score_gradient
+from sdg_core.gradient import Sight, Target, score_gradient
 from sdg_core.guidance import ContentGuidance, StructureGuidance, Term
-from sdg_core.noisy_clip import CLIP_MEAN, CLIP_STD, NoisyCLIP, NoisyCLIPConfig, build_clip, resize
+from sdg_core.noisy_clip import NoisyCLIP, NoisyCLIPConfig
 from sdg_core.towers import open_tower
+from sdg_core.views import PIXEL_VIEW
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 CONFIGS = {
@@ -187,7 +189,9 @@ def test_gradients_in_inference_mode_equal_those_outside(kind, t, draw):
         features = model(image, torch.tensor([250.0]), model.full_depth)
         targets = [features, Features((features.maps[3],))]  # structure reads layer 4
         terms = [Term(guidance, model, 1.0) for guidance in (ContentGuidance(image), StructureGuidance(image, (4,)))]
-        return score_gradient(model, terms, weights, targets, x.clone(), t)[0]
+        return score_gradient(
+            model, terms, weights, list(map(Target, targets)), x.clone(), Sight(PIXEL_VIEW, torch.ones(len(x)), t)
+        )[0]
 
     wanted = gradient()
     with torch.inference_mode():
@@ -271,7 +275,7 @@ def test_without_a_text_tower_text_is_refused_and_images_work(draw):
 
 
 def test_unknown_towers_are_refused():
-    with pytest.raises(ValueError, match=r"kind Linear.*ModifiedResNet or VisionTransformer"):
+    with pytest.raises(ValueError, match=r"kind Linear.*ModifiedResNet, VisionTransformer or TimmModel"):
         open_tower(nn.Linear(1, 1))
 
 

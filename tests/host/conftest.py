@@ -16,7 +16,8 @@ import torch
 
 from sdg_core.adm import ADMConfig, ADMUNet
 from sdg_core.checkpoint import save, save_noisy_clip
-from sdg_core.noisy_clip import NoisyCLIP, NoisyCLIPConfig, build_clip
+from sdg_core.clip import build_clip
+from sdg_core.noisy_clip import NoisyCLIP, NoisyCLIPConfig
 
 torch.set_num_threads(1)  # the models are small, and more threads get in each other's way
 

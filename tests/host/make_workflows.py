@@ -46,6 +46,7 @@ SIZES = {
     "VAEDecode": (300, 60), "ImageScale": (300, 140), "PreviewImage": (300, 300), "SaveImage": (560, 640),
     "Note": (340, 190),
 }  # fmt: skip
+NOTES = ("Note", "MarkdownNote")
 
 
 def settings(kind: str, *layers: str) -> list:
@@ -57,21 +58,24 @@ def settings(kind: str, *layers: str) -> list:
 class Graph:
     """A workflow under construction. ``add`` takes what each socket is fed by: the node id that ``add`` gave."""
 
+    sockets = SOCKETS
+    sizes = SIZES
+
     nodes: list[dict] = field(default_factory=list)
     links: list[list] = field(default_factory=list)
     groups: list[dict] = field(default_factory=list)
 
     def add(self, kind: str, title: str, at: tuple[int, int], widgets: list, **sources: int) -> int:
         number = len(self.nodes) + 1
-        inputs, outputs = SOCKETS[kind]
+        inputs, outputs = self.sockets[kind]
         node = {
-            "id": number, "type": kind, "pos": list(at), "size": list(SIZES.get(kind, (300, 106))), "flags": {},
+            "id": number, "type": kind, "pos": list(at), "size": list(self.sizes.get(kind, (300, 106))), "flags": {},
             "order": number - 1, "mode": 0, "title": title,
             "inputs": [{"name": name, "type": type_, "link": None} for name, type_ in inputs],
             "outputs": [{"name": name, "type": type_, "links": []} for name, type_ in outputs],
-            "properties": {"Node name for S&R": kind} if kind != "Note" else {}, "widgets_values": widgets,
+            "properties": {"Node name for S&R": kind} if kind not in NOTES else {}, "widgets_values": widgets,
         }  # fmt: skip
-        if kind == "Note":
+        if kind in NOTES:
             node |= {"color": "#432", "bgcolor": "#653"}
         self.nodes.append(node)
         for slot, (name, type_) in enumerate(inputs):
@@ -80,9 +84,11 @@ class Graph:
         return number
 
     def _link(self, source: int, target: int, slot: int, type_: str) -> None:
-        number = len(self.links) + 1
-        self.links.append([number, source, 0, target, slot, type_])
-        self.nodes[source - 1]["outputs"][0]["links"].append(number)
+        """From the source's output of that type; no node here has two of one type."""
+        number, outputs = len(self.links) + 1, self.nodes[source - 1]["outputs"]
+        output = [out["type"] for out in outputs].index(type_)
+        self.links.append([number, source, output, target, slot, type_])
+        outputs[output]["links"].append(number)
         self.nodes[target - 1]["inputs"][slot]["link"] = number
 
     def group(self, title: str, x: int, y: int, width: int, height: int) -> None:

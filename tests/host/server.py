@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACK = ["__init__.py", "nodes", "sdg_core", "web", "example_workflows", "pyproject.toml"]
+NOTES = ("Note", "MarkdownNote")
 VALUES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
 
@@ -113,18 +114,28 @@ def _wait(server: Server, process: subprocess.Popen, log: Path, patience: float)
 def to_prompt(workflow: dict, object_info: dict) -> dict:
     """The frontend's graph as the server's prompt: widget values by name, links as [node id, slot].
 
-    Values stand in the order of the schema; a seed is followed by what to do with it after a run. Notes are left out.
+    Values stand in the order of the schema; a seed is followed by what to do with it after a run, an uploaded picture
+    by its button. Inputs newer than the workflow get their defaults. Notes are left out.
     """
     links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     prompt = {}
     for node in workflow["nodes"]:
-        if node["type"] in ("Note", "MarkdownNote") or node["mode"] != 0:
+        if node["type"] in NOTES or node["mode"] != 0:
             continue
         info = object_info[node["type"]]
         inputs = _widget_inputs(info, node["widgets_values"])
         inputs |= {i["name"]: links[i["link"]] for i in node["inputs"] if i["link"] is not None}
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
+
+
+def models_of(node: dict) -> list[dict]:
+    """The published files that a loader of a workflow needs: name, url and directory of each."""
+    return node["properties"].get("models", [])
+
+
+def needs_download(workflow: dict) -> bool:
+    return any(models_of(node) for node in workflow["nodes"])
 
 
 def _widget_inputs(info: dict, values: list) -> dict:
@@ -135,8 +146,8 @@ def _widget_inputs(info: dict, values: list) -> dict:
             options = options[0] if options else {}
             if not (isinstance(kind, list) or kind in VALUES) or options.get("forceInput"):
                 continue
-            inputs[name] = rest.pop(0)
-            if options.get("control_after_generate"):
+            inputs[name] = rest.pop(0) if rest else options["default"]
+            if options.get("control_after_generate") or options.get("image_upload"):
                 rest.pop(0)
     if rest:
         raise ValueError(f"Widget values left over: {rest}.")

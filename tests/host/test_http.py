@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import json
 import shutil
 import sys
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,16 @@ from sdg_core.guide import GuidanceRun, Strength
 from sdg_core.schedule import Convention
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
+EXAMPLES = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "example_workflows").glob("*.json"))}
 KINDS = ("adm", "noisy_clip")
 
 spec = importlib.util.spec_from_file_location("sdg_test_server", Path(__file__).with_name("server.py"))
 tools = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = tools
 spec.loader.exec_module(tools)
+
+FOR_DOWNLOADS = [name for name, workflow in EXAMPLES.items() if tools.needs_download(workflow)]
+BUNDLED = [name for name in EXAMPLES if name not in FOR_DOWNLOADS]
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +42,11 @@ def random_weights() -> bool:
 
 
 @pytest.fixture(scope="module")
-def installed(models_folder, random_weights, tmp_path_factory) -> Path:
+def installed(comfyui_path, models_folder, random_weights, tmp_path_factory) -> Path:
     """A base directory with the pack, whose bundled weights are stood in for by random ones where they are missing."""
     base = tmp_path_factory.mktemp("base")
     avatars = tools.install(base) / "sdg_core/avatars"
+    shutil.copy(comfyui_path / "input/example.png", base / "input")
     avatars.mkdir(exist_ok=True)
     if random_weights:
         for kind in KINDS:
@@ -58,10 +63,6 @@ def server(comfyui_path, installed):
 @pytest.fixture(scope="module")
 def info(server):
     return server.get("/object_info")
-
-
-def example(name: str) -> dict:
-    return json.loads((ROOT / f"example_workflows/{name}.json").read_text())
 
 
 def pixels(file: bytes) -> np.ndarray:
@@ -115,18 +116,18 @@ def evaluate(installed) -> Callable[[dict, str], Tensor]:
     return go
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", BUNDLED)
 def test_example_runs_as_it_is(server, info, name):
-    entry = server.run(tools.to_prompt(example(name), info))
+    entry = server.run(tools.to_prompt(EXAMPLES[name], info))
     assert entry["status"]["status_str"] == "success", entry["status"]
     seen = [pixels(file) for file in server.pictures(entry)]
     assert [picture.shape for picture in seen] == [(256, 256, 3)] * 4
     assert len({picture.tobytes() for picture in seen}) == 4
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", BUNDLED)
 def test_example_gives_the_cores_picture(server, info, evaluate, name):
-    prompt = tools.to_prompt(example(name), info)
+    prompt = tools.to_prompt(EXAMPLES[name], info)
     files = server.pictures(server.run(prompt))
     seen = np.stack([pixels(file) for file in files])[:, 4::8, 4::8]
     (output,) = [number for number, node in prompt.items() if node["class_type"] == "SaveImage"]
@@ -137,12 +138,75 @@ def test_example_gives_the_cores_picture(server, info, evaluate, name):
     assert off.max() <= 1
 
 
+# Graphs: nodes, links and values against the host's own schemas, also where the models are not here
+
+
+def schema(info: dict, node: dict) -> dict:
+    """A node's inputs by name: [type, options]."""
+    inputs = info[node["type"]]["input"]
+    return inputs.get("required", {}) | inputs.get("optional", {})
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_nodes_of_an_example_are_the_hosts_or_the_packs(info, name):
+    assert {node["type"] for node in EXAMPLES[name]["nodes"]} <= {*info, *tools.NOTES}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_links_of_an_example_join_sockets_of_one_type(info, name):
+    nodes = {node["id"]: node for node in EXAMPLES[name]["nodes"]}
+    for number, source, output, target, slot, kind in EXAMPLES[name]["links"]:
+        start, end = nodes[source]["outputs"][output], nodes[target]["inputs"][slot]
+        assert number in start["links"]
+        assert end["link"] == number
+        assert info[nodes[source]["type"]]["output"][output] == start["type"] == kind
+        assert schema(info, nodes[target])[end["name"]][0] == end["type"] == kind
+
+
+@pytest.mark.parametrize("name", FOR_DOWNLOADS)
+def test_the_host_misses_nothing_of_an_example_but_the_files_that_its_loaders_name(server, info, name):
+    answer = server.queue(tools.to_prompt(EXAMPLES[name], info))
+    problems = [(number, error) for number, node in answer["node_errors"].items() for error in node["errors"]]
+    missing = {(number, error["extra_info"].get("received_value")) for number, error in problems}
+    named = {(str(node["id"]), model["name"]) for node in EXAMPLES[name]["nodes"] for model in tools.models_of(node)}
+    assert {error["type"] for _, error in problems} == {"value_not_in_list"}, problems
+    assert missing == named
+
+
+@pytest.mark.parametrize("name", FOR_DOWNLOADS)
+def test_files_that_loaders_name_are_offered_once_they_are_where_the_example_says(server, installed, name):
+    folders = server.get("/models")
+    for node in EXAMPLES[name]["nodes"]:
+        for model in tools.models_of(node):
+            assert model["url"].startswith("https://")
+            assert model["url"].split("?")[0].endswith(f"/{model['name']}")
+            assert model["directory"] in folders
+            with empty_file(installed / "models" / model["directory"] / model["name"]):
+                inputs = schema(server.get(f"/object_info/{node['type']}"), node)
+            assert any(model["name"] in choices(*part) for part in inputs.values())
+
+
+@contextlib.contextmanager
+def empty_file(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    try:
+        yield
+    finally:
+        path.unlink()
+
+
+def choices(kind: str | list, options: dict | None = None) -> list:
+    """What a widget offers: older nodes give the list as the type."""
+    return kind if isinstance(kind, list) else (options or {}).get("options", [])
+
+
 # Errors
 
 
 def changed_text_example(info, node: str, **changes) -> tuple[dict, str]:
     """The text example with other inputs at one node (None takes one away), and that node's id."""
-    prompt = tools.to_prompt(example("text"), info)
+    prompt = tools.to_prompt(EXAMPLES["text"], info)
     (number,) = [n for n, part in prompt.items() if part["class_type"] == node]
     inputs = prompt[number]["inputs"] | changes
     prompt[number]["inputs"] = {name: value for name, value in inputs.items() if value is not None}
@@ -186,7 +250,7 @@ def test_values_that_the_host_checks_are_rejected_on_their_node(server, info, no
 
 
 def test_combined_guidance_needs_no_weights_in_the_prompt(server, info):
-    prompt = tools.to_prompt(example("text"), info)
+    prompt = tools.to_prompt(EXAMPLES["text"], info)
     (number,) = [n for n, part in prompt.items() if part["class_type"] == "SDGTextGuidance"]
     (sampler,) = [n for n, part in prompt.items() if part["class_type"] == "SDGGuidedKSampler"]
     prompt["100"] = {"class_type": "SDGCombineGuidance", "inputs": {"guidance_2": [number, 0]}}
@@ -195,7 +259,7 @@ def test_combined_guidance_needs_no_weights_in_the_prompt(server, info):
 
 
 def test_paper_sampler_runs_in_sampler_custom(server, info):
-    prompt = tools.to_prompt(example("text"), info)
+    prompt = tools.to_prompt(EXAMPLES["text"], info)
     find = {part["class_type"]: n for n, part in prompt.items()}
     adm = find["SDGLoadADM"]
     scheduler = {"model": [adm, 0], "scheduler": "normal", "steps": 3, "denoise": 1.0}
@@ -229,4 +293,4 @@ def test_help_and_examples_are_served(server, info):
         with urllib.request.urlopen(f"{server.url}/extensions/semantic-diffusion-guidance/docs/{node}.md") as page:
             assert page.read().startswith(b"# ")
     templates = server.get("/workflow_templates")
-    assert sorted(templates["semantic-diffusion-guidance"]) == EXAMPLES
+    assert sorted(templates["semantic-diffusion-guidance"]) == sorted(EXAMPLES)

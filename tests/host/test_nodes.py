@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -191,3 +192,20 @@ def test_core_is_free_of_the_host():
 def test_examples_are_json():
     for path in (ROOT / "example_workflows").glob("*.json"):
         assert json.loads(path.read_text())["nodes"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "example_workflows").glob("*.json")), ids=lambda path: path.stem)
+def test_nodes_of_an_example_lie_in_a_group_and_off_each_other(path):
+    workflow, title = json.loads(path.read_text()), 30
+    boxes = [(*node["pos"], *node["size"]) for node in workflow["nodes"]]
+    boxes = [(x, y - title, x + w, y + h) for x, y, w, h in boxes]
+    groups = [(x, y, x + w, y + h) for x, y, w, h in (group["bounding"] for group in workflow["groups"])]
+    assert not [pair for pair in itertools.combinations(boxes, 2) if overlap(*pair)]
+    assert not [pair for pair in itertools.combinations(groups, 2) if overlap(*pair)]
+    for left, top, right, bottom in boxes:
+        assert [a for a in groups if a[0] <= left and a[1] <= top and right <= a[2] and bottom <= a[3]]
+
+
+def overlap(a: tuple, b: tuple) -> bool:
+    """Boxes (left, top, right, bottom) that share more than an edge."""
+    return max(a[0], b[0]) < min(a[2], b[2]) and max(a[1], b[1]) < min(a[3], b[3])

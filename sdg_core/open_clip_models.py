@@ -1,0 +1,80 @@
+"""Any CLIP of open_clip: from a local file, or by open_clip's pretrained tag."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from pathlib import Path
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from .clip import CLIP_MEAN, CLIP_STD, CleanCLIP
+
+
+def architectures() -> list[str]:
+    """Names of all architectures that open_clip knows."""
+    return sorted(open_clip.list_models())
+
+
+def load_file(architecture: str, path: Path) -> CleanCLIP:
+    """A CLIP from a file of weights in open_clip's or OpenAI's layout (.safetensors, .pt, .bin), frozen, in eval mode.
+
+    Raises ValueError for unknown architectures, for files that don't fit, and for pickles that would run code.
+    """
+    check_architecture(architecture)
+    try:
+        return _opened(architecture, open_clip.create_model(architecture, pretrained=str(path)))
+    except Exception as error:  # open_clip and torch raise many kinds here, for damage, code and misfits alike
+        raise ValueError(
+            f"{path.name} was not loaded as {architecture}: {_first_line(error)}. Choose the architecture that the "
+            "file was made for; a file must hold plain weights in open_clip's layout."
+        ) from error
+
+
+def download(architecture: str, tag: str, folder: Path) -> CleanCLIP:
+    """A CLIP by open_clip's tag, downloaded into ``folder`` (with open_clip's own progress bar) unless it is there.
+
+    Raises ValueError for unknown names, naming the known ones, and where the download fails.
+    """
+    check_architecture(architecture)
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if tag not in tags:
+        known = ", ".join(tags) or "none: choose a file of weights instead"
+        raise ValueError(f'open_clip has no weights "{tag}" for {architecture}. Its tags: {known}.')
+    try:
+        return _opened(architecture, open_clip.create_model(architecture, pretrained=tag, cache_dir=str(folder)))
+    except Exception as error:
+        raise ValueError(
+            f"The weights {tag} of {architecture} could not be downloaded or read: {_first_line(error)}. "
+            "Check the connection, or put the file into models/open_clip and choose it by name."
+        ) from error
+
+
+def check_architecture(name: str) -> None:
+    """Raises ValueError, with the nearest names, for an architecture that open_clip does not know."""
+    if name not in open_clip.list_models():
+        near = difflib.get_close_matches(name, open_clip.list_models(), 5, 0.4)
+        raise ValueError(f'open_clip knows no architecture "{name}". Nearest: {", ".join(near)}.')
+
+
+def _opened(architecture: str, clip: nn.Module) -> CleanCLIP:
+    """The opened-up model, with the preprocessing and the tokenizer of its architecture."""
+    size = clip.visual.image_size
+    tags = open_clip.list_pretrained_tags_by_model(architecture)  # a bare file does not say how pictures are normalised
+    prepared = open_clip.get_pretrained_cfg(architecture, tags[0]) if tags else {}
+    mean, std = prepared.get("mean") or CLIP_MEAN, prepared.get("std") or CLIP_STD
+    tokenizer = functools.partial(_tokens, architecture)
+    side = size if isinstance(size, int) else size[0]
+    return CleanCLIP(clip, side, mean=mean, std=std, tokenizer=tokenizer).requires_grad_(False).eval()
+
+
+def _tokens(architecture: str, prompts: list[str]) -> Tensor:
+    """Tokens (N, L). Some architectures' tokenizers are downloaded at first use."""
+    tokens = open_clip.get_tokenizer(architecture)(prompts)
+    return tokens if isinstance(tokens, Tensor) else torch.as_tensor(tokens)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

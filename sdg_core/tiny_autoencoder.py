@@ -1,0 +1,107 @@
+"""Tiny autoencoders as plain torch: TAESD and its kin (Bohan 2023), rebuilt from the keys and shapes of their files.
+
+A host's own copy of such a model is made of layers that autograd can't always follow; these can be differentiated.
+The decoder gives pictures in 0..1, the encoder takes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PREFIXES = ("taesd_decoder.", "taesd_encoder.", "decoder.layers.", "encoder.layers.", "decoder.", "encoder.")
+
+
+class Clamp(nn.Module):
+    """Latents softly bounded to -3..3."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x / 3) * 3
+
+
+class Block(nn.Module):
+    """Residual block of three 3x3 convolutions."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(channels, out, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(out, out, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(out, out, 3, padding=1),
+        )  # fmt: skip
+        self.skip = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x) + self.skip(x))
+
+
+def tiny_encoder(width: int, blocks: tuple[int, ...], latent_channels: int) -> nn.Sequential:
+    """TAESD's encoder layout: ``blocks`` counts residual blocks by size, from full size on. TAESD: (1, 3, 3, 3)."""
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1)]
+    for level, count in enumerate(blocks):
+        if level:
+            layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False))
+        layers += [Block(width, width) for _ in range(count)]
+    return nn.Sequential(*layers, nn.Conv2d(width, latent_channels, 3, padding=1))
+
+
+def tiny_decoder(width: int, blocks: tuple[int, ...], latent_channels: int) -> nn.Sequential:
+    """TAESD's decoder layout: ``blocks`` by size, up to full size. TAESD: (3, 3, 3, 1)."""
+    layers: list[nn.Module] = [Clamp(), nn.Conv2d(latent_channels, width, 3, padding=1), nn.ReLU()]
+    for level, count in enumerate(blocks):
+        if level:
+            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1, bias=False)]
+        layers += [Block(width, width) for _ in range(count)]
+    return nn.Sequential(*layers, nn.Conv2d(width, 3, 3, padding=1))
+
+
+class TinyAutoencoder(nn.Module):
+    """Both halves: ``encoder`` from pictures in 0..1 (B, 3, H, W) to latents (B, C, h, w), ``decoder`` back."""
+
+    def __init__(
+        self, width: int, encoder_blocks: tuple[int, ...], decoder_blocks: tuple[int, ...], channels: int
+    ) -> None:
+        super().__init__()
+        self.width, self.latent_channels, self.downscale = width, channels, 2 ** (len(encoder_blocks) - 1)
+        self.encoder = tiny_encoder(width, encoder_blocks, channels)
+        self.decoder = tiny_decoder(width, decoder_blocks, channels)
+
+
+def decoder_from_state(state: Mapping[str, Tensor]) -> nn.Sequential:
+    """The decoder of a TAESD-like file, its width, depth and latent channels read off the keys.
+
+    Keys may carry any usual prefix ("taesd_decoder.", "decoder.", "decoder.layers." or none); a file of encoder and
+    decoder gives its decoder. Raises ValueError where the layers are not a tiny decoder's.
+    """
+    state = _without_prefix(state)
+    positions = sorted({int(key.split(".")[0]) for key in state if key.split(".")[0].isdigit()})
+    if "1.weight" not in state or state["1.weight"].ndim != 4 or positions[0] != 1:
+        raise ValueError(
+            "Not a tiny decoder: it does not start with a 2-D convolution after a clamp. Wanted a file such as "
+            "taesd_decoder.safetensors, in models/vae_approx. Video decoders are of another kind: use the linear view."
+        )
+    width, latent_channels = state["1.weight"].shape[:2]
+    blocks, count = [], 0
+    for i in positions[1:-1]:
+        if f"{i}.conv.0.weight" in state:
+            count += 1
+        else:  # the convolution after an upsampling
+            blocks.append(count)
+            count = 0
+    decoder = tiny_decoder(width, (*blocks, count), latent_channels)
+    try:
+        decoder.load_state_dict({k: v.float() for k, v in state.items()})
+    except RuntimeError as error:
+        raise ValueError(f"Not a tiny decoder that this pack can rebuild: {error}") from error
+    return decoder
+
+
+def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The decoder's part of a state dict, its keys from "1.weight" on."""
+    for prefix in PREFIXES:
+        if "decoder" in prefix and any(key.startswith(prefix + "1.") for key in state):
+            return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+    return dict(state)
