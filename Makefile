@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 HOST := $(or $(COMFYUI_PATH),$(HOME)/comfy/ComfyUI)
 
-.PHONY: demo test evaluate setup
+.PHONY: demo test evaluate closed-form setup
 
 demo: $(VENV)/.demo
 	$(RUN) -m sdg_core demo --out demo.png
@@ -27,3 +27,7 @@ $(VENV)/.test: $(VENV)/.demo pyproject.toml tests/constraints.txt
 	$(RUN) -m pip install --quiet --constraint tests/constraints.txt --editable ".[test]"
 	[ ! -f "$(HOST)/requirements.txt" ] || $(RUN) -m pip install --quiet --constraint tests/constraints.txt --requirement "$(HOST)/requirements.txt"
 	touch $@
+
+# Guided samples of Gaussian data through every sampler of the host, beside unguided ones: a table.
+closed-form: $(VENV)/.test
+	$(RUN) -m pytest tests/host/test_gaussian.py -o python_functions="measure_*" -q -s

@@ -102,21 +102,34 @@ class ADMNet(ADMUNet):
         self.dtype = dtype
 
     def forward(self, x: Tensor, timesteps: Tensor, transformer_options: dict | None = None, **unused) -> Tensor:
-        self.check_size(*x.shape[-2:])
+        self.check_shape(x.shape)
         out = super().forward(x, timesteps)
         sink = (transformer_options or {}).get(VARIANCE_SINK)
         if sink is not None and self.config.learn_sigma:
             sink(out[:, self.config.channels :])
         return out[:, : self.config.channels]
 
-    def check_size(self, height: int, width: int) -> None:
-        """Raises ValueError where the UNet's halvings don't come out even."""
-        multiple = self.config.multiple
+    def check_shape(self, shape: torch.Size) -> None:
+        """Raises ValueError for video, for other channels, and where the UNet's halvings don't come out even."""
+        channels, multiple = self.config.channels, self.config.multiple
+        if len(shape) != 4 or shape[1] != channels:
+            raise ValueError(
+                f"Got a latent of shape {tuple(shape)}; this ADM draws pictures, (batch, {channels}, height, width). "
+                "Start from another latent, for example Empty Pixel Latent for pixels or Empty Latent Image for others."
+            )
+        height, width = shape[-2:]
         if height % multiple or width % multiple:
-            wanted = [max(1, round(side / multiple)) * multiple for side in (width, height)]
+            width_wanted, height_wanted = (max(1, round(side / multiple)) * multiple for side in (width, height))
+            space = self.config.latent_format
+            if space is not None:
+                raise ValueError(
+                    f"Got a latent of {width} x {height}; this ADM wants multiples of {multiple}. Start from "
+                    f"{width_wanted} x {height_wanted}, a picture of {width_wanted * space.downscale} x "
+                    f"{height_wanted * space.downscale} pixels."
+                )
             raise ValueError(
                 f"Got a picture of {width} x {height} pixels; this ADM wants multiples of {multiple}. "
-                f"Set Empty Pixel Latent to {wanted[0]} x {wanted[1]}."
+                f"Set Empty Pixel Latent to {width_wanted} x {height_wanted}."
             )
 
 

@@ -44,6 +44,7 @@ def view_inputs() -> list[io.Input]:
             "view",
             options=VIEWS,
             default="auto",
+            optional=True,
             tooltip="What encoders see. linear: the latent's cheap colours. decoded: through TAESD or the VAE, sharper "
             "and slower, clean CLIPs only. auto fits the model.",
         ),

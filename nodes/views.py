@@ -167,6 +167,7 @@ def _find_taesd(latent) -> nn.Module:
 def _through_vae(latent, vae) -> ChosenView:
     """Through a VAE object's own model: its decode() is not made for gradients (it writes in place, and tiles)."""
     module, patcher = vae.first_stage_model, vae.patcher
+    from_0_to_1 = float(vae.process_output(torch.zeros(1))) == 0  # most models give -1..1, those of TAEHV don't
     latent = copy.copy(latent)
     with torch.inference_mode(False):
         for name, value in vars(latent).items():
@@ -178,7 +179,8 @@ def _through_vae(latent, vae) -> ChosenView:
         z = latent.process_out(x[:, :, None] if three and x.ndim == 4 else x)
         z = z[:, :, 0] if z.ndim == 5 and not three else z
         out = _call_decode(module, z.to(vae.vae_dtype), patcher).float()
-        return out[:, :, 0] if out.ndim == 5 else out
+        out = out[:, :, 0] if out.ndim == 5 else out
+        return out * 2 - 1 if from_0_to_1 else out
 
     scale = vae.upscale_ratio if isinstance(vae.upscale_ratio, int) else _downscale(latent)
     return ChosenView(DecodedView(decode, scale, (module,)), patcher)

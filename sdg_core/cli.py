@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         "--latent-model", action="append", choices=LATENT_MODELS, help="for the suite latent; default: all; repeatable"
     )
     check.add_argument("--samples", type=int, default=256, help="samples a row")
-    check.add_argument("--steps", type=int, default=50)
+    check.add_argument("--steps", type=int, default=0, help="0: 50, and 25 for the latent models")
     check.add_argument("--sampler", choices=SAMPLERS, default="euler_ancestral")
     check.add_argument("--processes", type=int, default=0, help="0: one per core")
     check.add_argument("--block", type=int, default=1, help="of seeds and references; the scales were chosen on 0")

@@ -22,7 +22,7 @@ from .guidance import DEFAULT_SCALE
 from .guide import Strength, guide
 from .metrics import gram_distance, histogram_overlap, layout_correlation, nearest, spread
 from .schedule import Convention
-from .world import LATENT_MODELS, ROUTES, Kind, Pull, Sampler, World, WorldName, open_world, sample, seeded_noise
+from .world import LATENT_MODELS, ROUTES, STEPS, Kind, Pull, Sampler, World, WorldName, open_world, sample, seeded_noise
 
 STYLE_WORDS = {
     "ink": "ink drawing",
@@ -73,7 +73,7 @@ class Settings:
     """
 
     samples: int = 256
-    steps: int = 50
+    steps: int = 0  # 0: as the README's measurements, ``world.STEPS``
     sampler: Sampler = "euler_ancestral"
     strength: Strength = field(default_factory=Strength)
     block: int = 1
@@ -119,8 +119,9 @@ def _run(job: Job, settings: Settings) -> Tensor:
     world = _worker_world(settings.world)
     channels, size, _ = world.denoiser.shape
     noise = seeded_noise(job.seeds, size, channels)
+    steps = settings.steps or STEPS["latents" if settings.world.route else "pixels"]
     return sample(
-        world, job.pulls, noise, steps=settings.steps, sampler=settings.sampler, strength=settings.strength,
+        world, job.pulls, noise, steps=steps, sampler=settings.sampler, strength=settings.strength,
         seed=job.seeds[0],
     )  # fmt: skip
 

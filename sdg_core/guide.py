@@ -154,7 +154,7 @@ def guide(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Ten
 
 def guidance_shift(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Tensor | None:
     """What ``guide`` adds, float32, or None where there is nothing to add."""
-    batch = Batch.of(denoised, x_t, sigma.float().expand(len(x_t)))
+    batch = Batch.of(denoised.detach(), x_t.detach(), sigma.float().expand(len(x_t)))
     weights = run.weights(batch.sigma, batch.frame, batch.frames)
     if not bool((weights != 0).any()):
         return None

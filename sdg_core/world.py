@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,12 +37,12 @@ SAMPLERS: tuple[Sampler, ...] = ("euler", "euler_ancestral", "paper")
 Kind = Literal["text", "content", "structure", "style"]
 
 
-LATENT_SCALE = {
-    "noisy linear": DEFAULT_SCALE,
-    "clean linear": DEFAULT_SCALE,
-    "clean decoded": DEFAULT_SCALE,
-}
-"""Scales that the latent models were measured at, by route and kind."""
+CLEAN_SCALE = {"text": 600.0, "content": 600.0, "structure": 600.0, "style": 2000.0}
+CLEAN_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.95)}
+"""Scales and intervals that clean encoders were measured at on the latent models: they pull less, and need longer."""
+
+STEPS = {"pixels": 50, "latents": 25}
+"""Sampling steps of the measurements."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class WorldName:
 class World:
     """Model, encoder and what measures them. ``renders`` (N, 3, 32, 32) in -1..1, ``labels`` (N, A), -1 unknown.
 
-    ``decode`` makes pictures of what the model draws. ``scales`` are the defaults of this world, by kind.
+    ``decode`` makes pictures of what the model draws. ``scales`` and ``intervals`` are the defaults by kind.
     """
 
     denoiser: ADMDenoiser
@@ -84,6 +85,7 @@ class World:
     variance: float = 0.25
     decode: Callable[[Tensor], Tensor] = lambda x: x
     scales: Mapping[str, float] = field(default_factory=lambda: DEFAULT_SCALE)
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=lambda: DEFAULT_INTERVAL)
 
     def open_run(self, terms: tuple[Term, ...], strength: Strength) -> GuidanceRun:
         """The state of one sampling run of this world's model."""
@@ -95,7 +97,7 @@ class World:
     def term(self, pull: Pull) -> Term:
         """The pull as a term, at the default scale and interval of its kind unless it has its own scale."""
         scale = self.scales[pull.kind] if pull.scale is None else pull.scale
-        return Term(self._guidance(pull), self.encoder, scale, *DEFAULT_INTERVAL[pull.kind])
+        return Term(self._guidance(pull), self.encoder, scale, *self.intervals[pull.kind])
 
     def _guidance(self, pull: Pull) -> Guidance:
         if isinstance(pull.target, str):
@@ -122,6 +124,10 @@ def open_world(name: WorldName) -> World:
     return load_world(name.folder) if name.route is None else load_latent_world(name)
 
 
+# Read-only and frozen, so worlds opened one after the other may share them.
+_open_noisy, _open_clean, _open_judge = (functools.lru_cache(1)(f) for f in (load_noisy_clip, load_clip, load_judge))
+
+
 def load_latent_world(name: WorldName) -> World:
     """A latent model with the encoder and view of the name's route; references and judge are the pixel world's."""
     latent = name.folder / "latent"
@@ -136,10 +142,17 @@ def load_latent_world(name: WorldName) -> World:
     )
     renders, labels = load_renders(name.folder / "renders.png")
     return World(
-        denoiser, encoder, load_judge(name.folder / "judge.safetensors"), renders, labels,
-        decoded if name.route == "clean decoded" else space.linear_view(), 1.0,
-        lambda x: decoded.decode(x).clamp(-1, 1), LATENT_SCALE[name.route],
-    )  # fmt: skip
+        denoiser,
+        encoder,
+        _open_judge(name.folder / "judge.safetensors"),
+        renders,
+        labels,
+        decoded if name.route == "clean decoded" else space.linear_view(),
+        1.0,
+        lambda x: decoded.decode(x).clamp(-1, 1),
+        DEFAULT_SCALE if noisy else CLEAN_SCALE,
+        DEFAULT_INTERVAL if noisy else CLEAN_INTERVAL,
+    )
 
 
 def save_renders(path: Path, images: np.ndarray, labels: np.ndarray, columns: int = 64) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Renders, trains and exports the bundled world from nothing: `bash run.sh [work folder]`. Every step resumes.
+# Renders, trains and exports the bundled worlds from nothing: `bash run.sh [work folder]`. Every step resumes.
 # Needs the project's .venv with the recipe's extra (`pip install resvg-py`), and Node for DiceBear.
 set -eu
 cd "$(dirname "$0")"
@@ -12,3 +12,8 @@ $python train_noisy_clip.py --data "$work/data" --out "$work/run"
 $python train_judge.py --data "$work/data" --out "$work/run"
 $python train_adm.py --data "$work/data" --out "$work/run" --compile
 $python export.py --data "$work/data" --out "$work/run"
+# The latent test world: latents of an autoencoder of these pictures, three models of them, a NoisyCLIP of their view.
+$python train_autoencoder.py --data "$work/data" --out "$work/run" --processes 2
+$python train_noisy_clip_linear.py --data "$work/data" --out "$work/run"
+for prediction in v eps flow; do $python train_latent.py $prediction --out "$work/run" --compile; done
+$python export_latent.py --out "$work/run"

@@ -1,6 +1,6 @@
 """The diffusion models of the latent test world: one UNet on the avatars' latents that predicts v, eps or the flow.
 
-`python train_latent.py v --data DIR --out DIR` needs the latents of train_autoencoder.py in --out. `eps` and `flow`
+`python train_latent.py v --out DIR` needs the latents of train_autoencoder.py in --out. `eps` and `flow`
 start from the weights of `v`: what a picture looks like is the same, only what is asked of the last layer differs.
 """
 
@@ -97,7 +97,6 @@ def job(rank: int, processes: int, prediction: str, out: Path, images: int, comp
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("prediction", choices=IMAGES)
-    parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int)
     parser.add_argument("--processes", type=int, default=1)

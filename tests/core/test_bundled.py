@@ -99,7 +99,7 @@ def test_demo_grid_has_a_row_for_every_guidance_and_room_for_every_label(world):
 def test_evaluate_prints_one_json_object_with_rows(capsys):
     assert cli.main(["evaluate", "--suite", "structure", "--samples", "4", "--steps", "4", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert all(set(row) == {"name", "n", "value", "unguided", "bar"} for row in rows)
+    assert all(set(row) == {"name", "n", "value", "unguided", "bar", "cost_ms"} for row in rows)
     assert [row["name"] for row in rows] == ["structure", "structure/nearest render"]
     assert rows[0]["n"] >= 4
 

@@ -20,6 +20,7 @@ from sdg_core.sampling import (
     Prediction,
     euler,
     euler_ancestral,
+    euler_ancestral_flow,
     initial,
     noise_like,
     normal_sigmas,
@@ -28,13 +29,18 @@ from sdg_core.sampling import (
     posterior,
 )
 from sdg_core.schedule import Convention, TimestepTable, betas
+from sdg_core.views import LatentFormat
 
+FLOW_SIGMAS = torch.linspace(1, 0, 11)
 TABLE = TimestepTable.from_name("linear")
 TIMESTEPS = [999, 900, 750, 500, 300, 120, 40, 10, 1, 0]
 SIGMAS = torch.cat([TABLE.sigma(torch.tensor(TIMESTEPS)), torch.zeros(1)]).float()
 CONFIG = ADMConfig(
     image_size=16, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(1,), head_channels=32
 )
+
+
+LATENT = LatentFormat("toy", 4, ((0.3, -0.2, 0.5, 0.1), (0.1, 0.4, -0.3, 0.2), (-0.5, 0.2, 0.1, 0.7)))
 
 
 def random_unet(config: ADMConfig = CONFIG) -> ADMUNet:
@@ -215,11 +221,102 @@ def test_adm_denoiser_turns_its_output_into_denoised(prediction, draw):
     torch.testing.assert_close(got.variance_fraction.double(), (v + 1) / 2, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine"])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_latents_are_not_clamped(prediction, schedule, draw):
+    """The same sums in float64 for four channels; a large latent stays beyond -1..1."""
+    unet = random_unet(replace(CONFIG, prediction=prediction, beta_schedule=schedule, channels=4, latent_format=LATENT))
+    t = torch.tensor([5, 250, 600])
+    table = TimestepTable.from_name(schedule)
+    u, abar = 3 * draw(3, 4, 16, 16), table.abar[t].view(-1, 1, 1, 1)
+    output, v = unet(u, t).double().chunk(2, dim=1)
+    if prediction == "eps":
+        wanted = (u - (1 - abar).sqrt() * output) / abar.sqrt()
+    else:
+        wanted = abar.sqrt() * u - (1 - abar).sqrt() * output
+    assert float(wanted.abs().max()) > 3
+    sigma = table.sigma(t).float()
+    denoiser = ADMDenoiser(unet)
+    got = denoiser.predict(u * (1 + sigma.square()).sqrt().view(-1, 1, 1, 1), sigma)
+    torch.testing.assert_close(got.denoised.double(), wanted, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(got.variance_fraction.double(), (v + 1) / 2, rtol=0, atol=1e-4)
+    assert (denoiser.convention, denoiser.shape) == (Convention.VE, (4, 16, 16))
+
+
+def test_a_flow_model_predicts_noise_minus_data(draw):
+    """x_t = (1 - s) x_0 + s eps and the velocity eps - x_0, at timestep 1000 s: x_0 = x_t - s * velocity, unclamped."""
+    unet = random_unet(replace(CONFIG, prediction="flow", learn_sigma=False, channels=4, latent_format=LATENT))
+    x, s = 3 * draw(3, 4, 16, 16), torch.tensor([1.0, 0.437, 0.01])
+    velocity = unet(x, torch.tensor([1000.0, 437.0, 10.0])).double()
+    denoiser = ADMDenoiser(unet)
+    got = denoiser.predict(x, s)
+    torch.testing.assert_close(got.denoised.double(), x.double() - s.double().view(-1, 1, 1, 1) * velocity)
+    assert got.variance_fraction is None
+    assert float(got.denoised.abs().max()) > 3
+    assert denoiser.convention is Convention.FLOW
+
+
+def test_a_flow_model_starts_from_noise_alone_and_counts_a_straight_line(draw):
+    denoiser = ADMDenoiser(random_unet(replace(CONFIG, prediction="flow", learn_sigma=False)))
+    sigmas = denoiser.sigmas(4)
+    torch.testing.assert_close(sigmas, torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]))
+    noise = draw(1, 3, 16, 16)
+    assert torch.equal(denoiser.initial(noise, sigmas), noise)
+    assert [denoiser.percent_to_sigma()(p) for p in (0.0, 0.25, 1.0)] == [1.0, 0.75, 0.0]
+
+
+@pytest.mark.parametrize("v", [0.25, 1.0])
+def test_euler_ancestral_flow_on_gaussian_data_reaches_its_moments(v, draw):
+    """x_0 ~ N(m, v): with denoised = a x + b, every step is a line plus noise, and the end is near N(m, v).
+
+    The step estimates data and noise, keeps k of the noise, and draws the rest anew (see the test after this).
+    """
+    m, steps = 0.4, 200
+    sigmas, mean, variance = torch.linspace(1, 0, steps + 1), 0.0, 1.0
+    for s, s_next in pairwise(sigmas.double().tolist()):
+        alpha, alpha_next = 1 - s, 1 - s_next
+        gain = alpha * v / (alpha**2 * v + s**2)  # denoised = m + gain * (x - alpha * m)
+        k = s_next**2 / s * alpha_next / (1 - s_next**2 / s)
+        pull = alpha_next - k * alpha / s
+        mean = k / s * mean + pull * (m + gain * (mean - alpha * m))
+        variance = (k / s + pull * gain) ** 2 * variance + s_next**2 - k**2
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        s = sigma.view(-1, 1, 1, 1)
+        alpha = 1 - s
+        return m + alpha * v / (alpha**2 * v + s**2) * (x - alpha * m)
+
+    x = last(euler_ancestral_flow(denoise, draw(4, 3, 64, 64), sigmas, generator()))
+    assert float(x.mean()) == pytest.approx(mean, abs=5 * math.sqrt(variance / x.numel()))
+    assert float(x.std()) == pytest.approx(math.sqrt(variance), rel=5 / math.sqrt(2 * x.numel()))
+    assert (mean, math.sqrt(variance)) == pytest.approx((m, math.sqrt(v)), abs=0.02)
+
+
+def test_euler_ancestral_flow_keeps_a_part_of_the_noise_and_renews_the_rest(draw):
+    """x' = alpha' x_0 + k eps + sqrt(s'^2 - k^2) z with k = s'^2 / s, its signal scaled to alpha', in float64."""
+    noise, random = draw(2, 3, 8, 8), generator()
+    x = noise.double()
+    for s, s_next in pairwise(FLOW_SIGMAS.double().tolist()):
+        x_0 = curved(x, torch.tensor([s], dtype=torch.float64))
+        eps = (x - (1 - s) * x_0) / s
+        k = s_next**2 / s * (1 - s_next) / (1 - s_next**2 / s)
+        x = (1 - s_next) * x_0 + k * eps
+        if s_next > 0:
+            x = x + math.sqrt(s_next**2 - k**2) * torch.randn(noise.shape, generator=random).double()
+    got = last(euler_ancestral_flow(curved, noise, FLOW_SIGMAS, generator()))
+    torch.testing.assert_close(got.double(), x, rtol=0, atol=1e-4)
+
+
 SAMPLERS = {
     "euler": lambda denoise, x: euler(denoise, x, SIGMAS),
     "euler_ancestral": lambda denoise, x, seed=5: euler_ancestral(denoise, x, SIGMAS, generator(seed)),
+    "euler_ancestral_flow": lambda denoise, x, seed=5: euler_ancestral_flow(denoise, x, FLOW_SIGMAS, generator(seed)),
     "paper": lambda denoise, x, seed=5: paper(lambda x, s: Prediction(denoise(x, s)), x, SIGMAS, generator(seed)),
 }
+
+
+def sigmas_of(name: str) -> Tensor:
+    return FLOW_SIGMAS if name.endswith("flow") else SIGMAS
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -227,7 +324,7 @@ def test_samplers_yield_every_step_and_end_on_the_last_estimate(name, draw):
     steps = list(SAMPLERS[name](curved, initial(draw(2, 3, 8, 8), SIGMAS[0])))
     assert [step.index for step in steps] == list(range(10))
     assert {step.steps for step in steps} == {10}
-    assert [step.sigma for step in steps] == SIGMAS[:-1].tolist()
+    assert [step.sigma for step in steps] == sigmas_of(name)[:-1].tolist()
     torch.testing.assert_close(steps[-1].x, steps[-1].denoised, rtol=0, atol=1e-5)
 
 
@@ -244,11 +341,11 @@ def test_samplers_work_only_when_asked_and_can_be_abandoned(name, draw):
     for _ in range(3):
         next(steps)
     steps.close()
-    assert seen == [[s, s] for s in SIGMAS[:3].tolist()]
+    assert seen == [[s, s] for s in sigmas_of(name)[:3].tolist()]
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("name", ["euler_ancestral", "paper"])
+@pytest.mark.parametrize("name", ["euler_ancestral", "euler_ancestral_flow", "paper"])
 def test_the_generator_alone_decides_the_picture(name, draw):
     x, results = initial(draw(2, 3, 8, 8), SIGMAS[0]), []
     for global_seed, seed in [(0, 5), (1, 5), (0, 6)]:

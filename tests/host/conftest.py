@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
 import importlib.util
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,8 @@ from sdg_core.adm import ADMConfig, ADMUNet
 from sdg_core.checkpoint import save, save_noisy_clip
 from sdg_core.clip import build_clip
 from sdg_core.noisy_clip import NoisyCLIP, NoisyCLIPConfig
+from sdg_core.tiny_autoencoder import TinyAutoencoder
+from sdg_core.views import LatentFormat
 
 torch.set_num_threads(1)  # the models are small, and more threads get in each other's way
 
@@ -45,6 +48,19 @@ CLIP_CONFIG = NoisyCLIPConfig(
     hidden=32,
     sinusoid=32,
 )
+PREDICTIONS = ("eps", "v", "flow")
+FORMAT = LatentFormat(
+    "made up",
+    channels=4,
+    factors=((0.4, -0.2, 0.3, 0.1), (0.1, 0.5, -0.3, 0.2), (-0.3, 0.2, 0.2, 0.5)),
+    bias=(0.1, -0.1, 0.2),
+    scale=0.8,
+    shift=0.3,
+    downscale=2,
+)
+LATENT_CONFIG = replace(
+    ADM_CONFIG, patch=1, learn_sigma=False, beta_schedule="scaled_linear", channels=4, latent_format=FORMAT
+)
 
 
 @pytest.fixture(scope="session")
@@ -58,9 +74,13 @@ def comfyui_path() -> Path:
 
 @pytest.fixture(scope="session")
 def models_folder(tmp_path_factory) -> Path:
-    """models/adm/random.safetensors and models/noisy_clip/random.safetensors, small, with random weights."""
+    """models/adm/random.safetensors and models/noisy_clip/random.safetensors, small, with random weights.
+
+    And the same for latents: see ``write_latent_models``.
+    """
     folder = tmp_path_factory.mktemp("models")
     write_random_models(folder)
+    write_latent_models(folder)
     return folder
 
 
@@ -73,6 +93,24 @@ def write_random_models(folder: Path, adm: ADMConfig = ADM_CONFIG, clip: NoisyCL
         save(folder / "adm/random.safetensors", "adm", asdict(adm), unet.state_dict())
         encoder = randomised(NoisyCLIP(clip, build_clip(clip.clip)))
         save_noisy_clip(folder / "noisy_clip/random.safetensors", encoder)
+
+
+def write_latent_models(folder: Path) -> None:
+    """adm/latent_{eps,v,flow}, noisy_clip/latent and latent/autoencoder, all of the same made-up latents."""
+    (folder / "latent").mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for prediction in PREDICTIONS:
+            config = replace(LATENT_CONFIG, prediction=prediction)
+            unet = randomised(ADMUNet(config))
+            save(folder / f"adm/latent_{prediction}.safetensors", "adm", asdict(config), unet.state_dict())
+        covariance = tuple(map(tuple, FORMAT.linear_view().covariance.tolist()))
+        config = replace(CLIP_CONFIG, view="linear:made up", covariance=covariance)
+        encoder = randomised(NoisyCLIP(config, build_clip(config.clip)))
+        save_noisy_clip(folder / "noisy_clip/latent.safetensors", encoder)
+        halves = {"width": 16, "encoder_blocks": (1, 1), "decoder_blocks": (1, 1), "channels": 4}
+        model = TinyAutoencoder(*halves.values())
+        save(folder / "latent/autoencoder.safetensors", "autoencoder", halves, model.state_dict())
 
 
 def randomised(model: torch.nn.Module) -> torch.nn.Module:
@@ -97,7 +135,8 @@ def comfy(comfyui_path: Path, models_folder: Path, tmp_path_factory) -> SimpleNa
     folder_paths.set_output_directory(str(tmp_path_factory.mktemp("output")))
     folder_paths.set_temp_directory(str(tmp_path_factory.mktemp("temp")))
     names = ["nodes", "comfy.sample", "comfy.samplers", "comfy.model_base", "comfy.model_management"]
-    names += ["comfy.model_patcher", "comfy.model_sampling", "comfy.supported_models_base", "comfy.utils"]
+    names += ["comfy.model_patcher", "comfy.model_sampling", "comfy.supported_models_base", "comfy.utils", "comfy.sd"]
+    names += ["comfy.supported_models", "comfy.nested_tensor"]
     modules = {name.replace("comfy.", ""): importlib.import_module(name) for name in names}
     modules["utils"].PROGRESS_BAR_ENABLED = False
     return SimpleNamespace(folder_paths=folder_paths, **modules)
@@ -114,12 +153,11 @@ def pack(comfy: SimpleNamespace) -> SimpleNamespace:
     extension = asyncio.run(module.comfy_entrypoint())
     nodes = {node.GET_SCHEMA().node_id: node for node in asyncio.run(extension.get_node_list())}
     modules = {
-        part: importlib.import_module(f"{name}.nodes.{part}") for part in ("host", "pixel_model", "paper", "inputs")
+        part: importlib.import_module(f"{name}.nodes.{part}")
+        for part in ("host", "pixel_model", "paper", "inputs", "views", "patchers", "loaders")
     }
-    core = {
-        f"core_{part}": importlib.import_module(f"{name}.sdg_core.{part}")
-        for part in ("guidance", "guide", "features", "schedule", "noisy_clip", "sampling", "checkpoint")
-    }
+    parts = ["guidance", "guide", "gradient", "features", "schedule", "noisy_clip", "sampling", "checkpoint", "views"]
+    core = {f"core_{part}": importlib.import_module(f"{name}.sdg_core.{part}") for part in parts}
     return SimpleNamespace(nodes=nodes, **modules, **core)
 
 
@@ -144,3 +182,32 @@ def adm(run):
 def noisy_clip(run):
     """A small random NoisyCLIP."""
     return run("SDGLoadNoisyCLIP", noisy_clip_name="random.safetensors")
+
+
+# Of latents
+
+
+@pytest.fixture(scope="session")
+def latent_adm(run):
+    """latent_adm("eps", "v" or "flow") -> a small random ADM of latents as a MODEL."""
+    return functools.cache(lambda prediction: run("SDGLoadADM", adm_name=f"latent_{prediction}.safetensors"))
+
+
+@pytest.fixture(scope="session")
+def linear_noisy_clip(run):
+    """A small random NoisyCLIP for the linear picture of the same latents."""
+    return run("SDGLoadNoisyCLIP", noisy_clip_name="latent.safetensors")
+
+
+@pytest.fixture(scope="session")
+def clean_clip(pack, run):
+    """The bundled clean CLIP."""
+    return run("SDGLoadCLIP", clip_name=pack.host.BUNDLED_NAME, architecture="RN50", pretrained="")
+
+
+@pytest.fixture(scope="session")
+def autoencoder(pack, run, models_folder):
+    """A small random autoencoder of the same latents as a VAE."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pack.host, "BUNDLED", models_folder)
+        return run("SDGLoadAutoencoder")

@@ -33,6 +33,9 @@ SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         ],
         [("LATENT", "LATENT")],
     ),
+    "SDGLoadAutoencoder": ([], [("VAE", "VAE")]),
+    "EmptyImage": ([], [("IMAGE", "IMAGE")]),
+    "VAEEncode": ([("pixels", "IMAGE"), ("vae", "VAE")], [("LATENT", "LATENT")]),
     "VAELoader": ([], [("VAE", "VAE")]),
     "VAEDecode": ([("samples", "LATENT"), ("vae", "VAE")], [("IMAGE", "IMAGE")]),
     "ImageScale": ([("image", "IMAGE")], [("IMAGE", "IMAGE")]),
@@ -229,7 +232,37 @@ def text_and_image_example() -> None:
     graph.save("text_and_image")
 
 
+def latent_text_example() -> None:
+    graph = Graph()
+    graph.group("Models", -20, -80, 380, 720)
+    adm = graph.add("SDGLoadADM", "Load ADM (SDG)", (0, 0), ["avatars latent flow (bundled)"])
+    clip = graph.add("SDGLoadNoisyCLIP", "Load Noisy CLIP (SDG)", (0, 140), ["avatars latent (bundled)"])
+    vae = graph.add("SDGLoadAutoencoder", "Load Autoencoder (SDG)", (0, 280), [])
+    note = (
+        "Guidance of a latent model, as with SD, SDXL, SD3 or Flux: a flow model on 4-channel latents.\n\nThe noisy CLIP "
+        "was made for the linear picture of these latents, so nothing is decoded while sampling. Load CLIP works too: "
+        "then the model's estimate is read."
+    )
+    graph.add("Note", "About", (0, 430), [note])
+    graph.group("Sample under a text", 380, -80, 1740, 840)
+    guidance = graph.add(
+        "SDGTextGuidance", "Text Guidance (SDG)", (400, 0),
+        ["a person with glasses and blue background", *settings("text")], noisy_clip=clip,
+    )  # fmt: skip
+    canvas = graph.add("EmptyImage", "Empty Image", (400, 300), [32, 32, 4, 0])
+    latent = graph.add("VAEEncode", "VAE Encode", (800, 440), [], pixels=canvas, vae=vae)
+    widgets = [0, "fixed", 50, 1.0, "euler", "simple", 1.0, "absolute", 1.0, "auto"]
+    samples = graph.add(
+        "SDGGuidedKSampler", "Guided KSampler (SDG)", (800, 0), widgets,
+        model=adm, latent_image=latent, guidance=guidance,
+    )  # fmt: skip
+    image = graph.add("VAEDecode", "VAE Decode", (1160, 0), [], samples=samples, vae=vae)
+    enlarged(graph, image, (1160, 100), "latent_text")
+    graph.save("latent_text")
+
+
 if __name__ == "__main__":
+    latent_text_example()
     text_example()
     content_example()
     style_and_structure_example()

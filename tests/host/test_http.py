@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdg_core import checkpoint, guidance, sampling
+from sdg_core import world as worlds
 from sdg_core.guide import GuidanceRun, Strength
 from sdg_core.schedule import Convention
 
@@ -33,6 +34,7 @@ spec.loader.exec_module(tools)
 
 FOR_DOWNLOADS = [name for name, workflow in EXAMPLES.items() if tools.needs_download(workflow)]
 BUNDLED = [name for name in EXAMPLES if name not in FOR_DOWNLOADS]
+LATENT = ["latent_text"]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +127,19 @@ def test_example_runs_as_it_is(server, info, name):
     assert len({picture.tobytes() for picture in seen}) == 4
 
 
-@pytest.mark.parametrize("name", BUNDLED)
+def test_latent_example_gives_the_cores_picture(server, info):
+    prompt = tools.to_prompt(EXAMPLES["latent_text"], info)
+    seen = np.stack([pixels(file) for file in server.pictures(server.run(prompt))])[:, 4::8, 4::8]
+    world = worlds.open_world(worlds.WorldName(model="flow", route="noisy linear"))
+    text = next(node["inputs"]["text"] for node in prompt.values() if node["class_type"] == "SDGTextGuidance")
+    noise = worlds.batch_noise(0, 4, 16, 4)
+    wanted = worlds.sample(world, [worlds.Pull("text", text)], noise, steps=50, sampler="euler")
+    off = np.abs(seen.astype(int) - ((wanted.movedim(1, -1).numpy() + 1) * 127.5).astype(np.uint8))
+    print(f"latent_text: mean difference {off.mean():.3f}, largest {off.max():.1f} of 255")
+    assert off.max() <= 1
+
+
+@pytest.mark.parametrize("name", [name for name in BUNDLED if name not in LATENT])
 def test_example_gives_the_cores_picture(server, info, evaluate, name):
     prompt = tools.to_prompt(EXAMPLES[name], info)
     files = server.pictures(server.run(prompt))

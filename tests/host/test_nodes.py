@@ -15,7 +15,7 @@ WHOLE = {"start_percent": 0.0, "end_percent": 1.0}
 IDS = {
     "SDGLoadNoisyCLIP", "SDGLoadADM", "SDGEmptyPixelLatent", "SDGTextGuidance", "SDGContentGuidance",
     "SDGStructureGuidance", "SDGStyleGuidance", "SDGCombineGuidance", "SDGGuidedKSampler", "SDGApplyGuidance",
-    "SDGPaperSampler",
+    "SDGPaperSampler", "SDGLoadCLIP", "SDGEncoderCrossfade", "SDGLoadAutoencoder", "SDGGuidanceFrames",
 }  # fmt: skip
 
 
@@ -85,7 +85,11 @@ def test_wrong_files_are_explained(run, models_folder, tmp_path_factory):
 
 def test_missing_bundled_weights_are_explained(run, pack, monkeypatch, tmp_path):
     monkeypatch.setattr(pack.host, "BUNDLED", tmp_path)
-    wrong(run, "bundled model adm.safetensors is missing", "SDGLoadADM", adm_name=pack.host.BUNDLED_NAME)
+    name = pack.host.BUNDLED_NAME
+    wrong(run, r"bundled model avatars \(bundled\) is missing", "SDGLoadADM", adm_name=name)
+    wrong(run, "install this node pack again", "SDGLoadCLIP", clip_name=name, architecture="RN50", pretrained="")
+    wrong(run, "with its repository only", "SDGLoadADM", adm_name="avatars latent eps (bundled)")
+    wrong(run, "autoencoder.safetensors .* with this pack's repository", "SDGLoadAutoencoder")
 
 
 def test_loaders_notice_a_changed_file(pack, models_folder):
@@ -133,8 +137,6 @@ def other_model(comfy, adm):
 
 def test_models_that_cannot_be_guided_are_refused(run, adm, other_model, text):
     latent = torch.zeros(1, 3, 16, 16)
-    with pytest.raises(ValueError, match="latent space of 4 channels"):
-        sampled(run, other_model(channels=4), text, latent)
     with pytest.raises(ValueError, match="without noise"):
         sampled(run, other_model(kind="IMG_TO_IMG"), text, latent)
     wrong(run, "cap is 0", "SDGApplyGuidance", model=adm, guidance=text, strength="relative", cap=0.0)
@@ -144,7 +146,11 @@ def test_sizes_and_shapes_that_do_not_fit_are_refused(run, adm, text):
     with pytest.raises(ValueError, match="multiples of 4"):
         sampled(run, adm, None, torch.zeros(1, 3, 18, 16))
     with pytest.raises(ValueError, match=r"\(batch, 3, height, width\)"):
-        sampled(run, adm, text, torch.zeros(1, 3, 1, 16, 16))
+        sampled(run, adm, None, torch.zeros(1, 3, 1, 16, 16))
+    with pytest.raises(ValueError, match=r"\(batch, 3, height, width\)"):
+        sampled(run, adm, None, torch.ones(1, 4, 16, 16))
+    with pytest.raises(ValueError, match=r"shape \(1, 3, 256\).* audio alone"):
+        sampled(run, adm, text, torch.zeros(1, 3, 256))
 
 
 def test_conditional_models_want_their_prompts(comfy, pack, adm):

@@ -214,9 +214,10 @@ def test_two_applied_guidances_add_up(comfy, run, sample, adm, noisy_clip):
 
 def test_gradient_memory_is_reserved(pack, adm, noisy_clip):
     asked = []
-    reserve = pack.host._memory_reserver((noisy_clip,))
+    sights = pack.host.see(adm, pack.host.HostGuidance((), (noisy_clip,)), pack.views.ViewChoice())
+    reserve = pack.host._memory_reserver(sights)
     reserve(lambda model, shape, conds: asked.append(shape), adm, torch.Size([4, 3, 16, 16]), {})
-    needed = 4 * pack.host.activation_bytes(noisy_clip.model)
+    needed = 4 * pack.patchers.activation_bytes(noisy_clip.model)
     ((batch, *rest),) = asked
     assert rest == [3, 16, 16]
     assert adm.memory_required([2 * (batch - 4), *rest]) >= needed > 0
