@@ -201,6 +201,10 @@ class Sights:
 def see(model: comfy.model_patcher.ModelPatcher, guidance: HostGuidance, choice: ViewChoice) -> Sights:
     """The views of all encoders. Raises ValueError for models that can't be guided, or not by these encoders."""
     scaling_of(model)
+    if getattr(model.get_model_object("latent_format"), "latent_dimensions", 2) == 1:
+        raise ValueError(
+            "This model makes sound or solid shapes, and guidance reads pictures. Use it without guidance."
+        )
     chosen = {id(p.model): choose_view(model, p.model, choice) for p in guidance.patchers}
     decoders = [c.patcher for c in chosen.values() if c.patcher is not None]
     return Sights({key: c.view for key, c in chosen.items()}, (*guidance.patchers, *decoders))

@@ -85,7 +85,8 @@ def linear_view(latent) -> LinearView:
     if unpack is None and factors.shape[1] != latent.latent_channels:
         raise ValueError(
             f"ComfyUI's linear picture of this model's latents ({_name(latent)}) reads {factors.shape[1]} channels of "
-            f"{latent.latent_channels}. Choose the view decoded and connect a VAE, with a clean CLIP from Load CLIP (SDG)."
+            f"{latent.latent_channels}. Choose the view decoded and connect a VAE, with a clean CLIP from Load CLIP "
+            "(SDG)."
         )
     return LinearView(_name(latent), factors, bias, unpack, patch)
 
@@ -150,9 +151,8 @@ def _find_taesd(latent) -> nn.Module:
     """The TAESD of a latent format, from models/vae_approx, as the host's previews find it."""
     name = latent.taesd_decoder_name
     if name is None or latent.latent_dimensions != 2:
-        raise ValueError(
-            f"There is no TAESD for this model's latents ({_name(latent)}). Connect a VAE, or choose the view linear."
-        )
+        other = ", or choose the view linear" if _has_factors(latent) else ""
+        raise ValueError(f"There is no TAESD for this model's latents ({_name(latent)}). Connect a VAE{other}.")
     files = [f for f in folder_paths.get_filename_list("vae_approx") if f.startswith(name)]
     if not files:
         raise ValueError(
@@ -182,7 +182,8 @@ def _through_vae(latent, vae) -> ChosenView:
         out = out[:, :, 0] if out.ndim == 5 else out
         return out * 2 - 1 if from_0_to_1 else out
 
-    scale = vae.upscale_ratio if isinstance(vae.upscale_ratio, int) else _downscale(latent)
+    ratio = vae.upscale_ratio[-1] if isinstance(vae.upscale_ratio, tuple) else vae.upscale_ratio
+    scale = ratio if isinstance(ratio, int) else _downscale(latent)
     return ChosenView(DecodedView(decode, scale, (module,)), patcher)
 
 

@@ -17,7 +17,7 @@ from .checkpoint import BUNDLED
 from .demo import draw_demo
 from .evaluate import SUITES, Row, Settings, as_json, evaluate
 from .guide import Strength
-from .world import LATENT_MODELS, SAMPLERS, Pull, WorldName, batch_noise, load_world, sample
+from .world import SAMPLERS, Pull, WorldName, batch_noise, load_world, sample
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,11 +61,9 @@ def parser() -> argparse.ArgumentParser:
         choices=[*SUITES, "latent", "all"],
         help="default: all of the pixel world; repeatable. latent: the latent models, every route",
     )
-    check.add_argument(
-        "--latent-model", action="append", choices=LATENT_MODELS, help="for the suite latent; default: all; repeatable"
-    )
+    check.add_argument("--only", default="*", metavar="PATTERN", help='rows of the suite latent, as "v/*/text"')
     check.add_argument("--samples", type=int, default=256, help="samples a row")
-    check.add_argument("--steps", type=int, default=0, help="0: 50, and 25 for the latent models")
+    check.add_argument("--steps", type=int, default=0, help="0: 50, and 20 for the latent models")
     check.add_argument("--sampler", choices=SAMPLERS, default="euler_ancestral")
     check.add_argument("--processes", type=int, default=0, help="0: one per core")
     check.add_argument("--block", type=int, default=1, help="of seeds and references; the scales were chosen on 0")
@@ -115,7 +113,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         block=args.block,
         processes=args.processes,
         world=WorldName(args.models),
-        latent_models=tuple(args.latent_model or LATENT_MODELS),
+        only=args.only,
     )
     with tqdm(unit="batch", file=sys.stderr) as bar:
         rows = evaluate(names, settings, lambda name, done, total: _advance(bar, done, total, name))

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatch
 from multiprocessing import get_context
 
 import torch
@@ -37,6 +38,7 @@ STYLE_WORDS = {
 ATTRIBUTES = ("background", "hair", "glasses", "hat", "style")
 JUDGE_BAR = 0.9  # an attribute is scored only where the judge is right this often on held-out renders
 REFERENCES = 64
+LATENT_REFERENCES = 16  # fewer and larger batches
 BLOCK_SEEDS = 100_000  # seeds of a block
 CHUNK = 16  # pictures sampled together
 
@@ -79,7 +81,8 @@ class Settings:
     block: int = 1
     processes: int = 0  # 0: one per core
     world: WorldName = field(default_factory=WorldName)
-    latent_models: tuple[str, ...] = LATENT_MODELS
+    references: int = REFERENCES
+    only: str = "*"  # which rows of the latent suite, as a pattern of their names
 
 
 def prompt(wish: Mapping[str, object]) -> str:
@@ -261,7 +264,7 @@ def reference_suite(
 ) -> Suite:
     """Pictures guided by held-out renders that show hair; ``rows(pictures, twins, references)``."""
     hair = list(world.judge.attributes).index("hair")
-    usable = torch.nonzero(world.labels[:, hair] >= 0).flatten()[settings.block * REFERENCES :][:REFERENCES]
+    usable = torch.nonzero(world.labels[:, hair] >= 0).flatten()[settings.block * REFERENCES :][: settings.references]
     prompts = [(Pull(kind, world.renders[i]),) for i in usable.tolist()]
     jobs = spread_over(prompts, settings)
     references = torch.cat([job.pulls[0].target[None].expand(len(job.seeds), -1, -1, -1) for job in jobs])
@@ -365,18 +368,20 @@ def suite_rows(
 def latent_rows(pool: Executor, settings: Settings, progress: Progress) -> list[Row]:
     """`<eps|v|flow>/<route>/<text|content|style|structure>`: every latent model through every route."""
     result: list[Row] = []
-    for model in settings.latent_models:
-        twins: dict[tuple[int, ...], Tensor] = {}  # unguided, they do not depend on the route
-        for route in ROUTES:
-            here = replace(settings, world=replace(settings.world, model=model, route=route))
-            cost = step_cost(_worker_world(here.world))
-            for kind, make in LATENT_SUITES.items():
-                name = f"{model}/{route}/{kind}"
-                rows = suite_rows(pool, make, here, functools.partial(progress, name), twins)
-                bar = 0.8 if kind == "text" and route == "noisy linear" else None
-                result += [
-                    replace(row, name=f"{model}/{route}/{row.name}", bar=bar, cost_ms=cost[kind]) for row in rows
-                ]
+    unguided: dict[str, dict[tuple[int, ...], Tensor]] = {}  # by model: they do not depend on the route
+    for model, route in itertools.product(LATENT_MODELS, ROUTES):
+        kinds = [kind for kind in LATENT_SUITES if fnmatch(f"{model}/{route}/{kind}", settings.only)]
+        if not kinds:
+            continue
+        world = replace(settings.world, model=model, route=route)
+        here = replace(settings, references=LATENT_REFERENCES, world=world)
+        cost = step_cost(_worker_world(here.world))
+        for kind in kinds:
+            name = f"{model}/{route}/{kind}"
+            twins = unguided.setdefault(model, {})
+            rows = suite_rows(pool, LATENT_SUITES[kind], here, functools.partial(progress, name), twins)
+            bar = 0.8 if kind == "text" and route == "noisy linear" else None
+            result += [replace(row, name=name, bar=bar, cost_ms=cost[kind]) for row in rows]
     return result
 
 

@@ -46,10 +46,12 @@ class NoisyCLIPConfig:
     def crossover(self) -> float:
         """The timestep below which the clean encoder retrieves better, by linear interpolation of ``retrieval``.
 
-        0 where it never does; ``DEFAULT_CROSSOVER`` where nothing was measured.
+        0 where it never does, the last t where it always does; ``DEFAULT_CROSSOVER`` where nothing was measured.
         """
         if not self.retrieval:
             return DEFAULT_CROSSOVER
+        if all(clean > noisy for _, noisy, clean in self.retrieval):
+            return max(t for t, *_ in self.retrieval)
         for (t, noisy, clean), (t_next, noisy_next, clean_next) in itertools.pairwise(sorted(self.retrieval)):
             lead, lead_next = clean - noisy, clean_next - noisy_next
             if lead > 0 >= lead_next:

@@ -19,7 +19,7 @@ def architectures() -> list[str]:
 
 
 def load_file(architecture: str, path: Path) -> CleanCLIP:
-    """A CLIP from a file of weights in open_clip's or OpenAI's layout (.safetensors, .pt, .bin), frozen, in eval mode.
+    """A CLIP from a file of plain weights in open_clip's layout (.safetensors, .pt, .bin), frozen, in eval mode.
 
     Raises ValueError for unknown architectures, for files that don't fit, and for pickles that would run code.
     """
@@ -56,7 +56,7 @@ def check_architecture(name: str) -> None:
     """Raises ValueError, with the nearest names, for an architecture that open_clip does not know."""
     if name not in open_clip.list_models():
         near = difflib.get_close_matches(name, open_clip.list_models(), 5, 0.4)
-        raise ValueError(f'open_clip knows no architecture "{name}". Nearest: {", ".join(near)}.')
+        raise ValueError(f'open_clip knows no architecture "{name}". Nearest: {", ".join(near) or "none"}.')
 
 
 def _opened(architecture: str, clip: nn.Module) -> CleanCLIP:
@@ -72,9 +72,17 @@ def _opened(architecture: str, clip: nn.Module) -> CleanCLIP:
 
 def _tokens(architecture: str, prompts: list[str]) -> Tensor:
     """Tokens (N, L). Some architectures' tokenizers are downloaded at first use."""
-    tokens = open_clip.get_tokenizer(architecture)(prompts)
+    try:
+        tokens = open_clip.get_tokenizer(architecture)(prompts)
+    except OSError as error:
+        raise ValueError(
+            f"The tokenizer of {architecture} could not be loaded: {_first_line(error)}. It is downloaded at "
+            "first use; check the connection. Content, structure and style guidance work without it."
+        ) from error
     return tokens if isinstance(tokens, Tensor) else torch.as_tensor(tokens)
 
 
 def _first_line(error: Exception) -> str:
+    if "weights_only" in str(error):  # torch's own text advises to switch the protection off
+        return "it is a TorchScript archive, or holds more than tensors, which could run code"
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

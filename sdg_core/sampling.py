@@ -150,7 +150,8 @@ def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: torc
 
 @torch.no_grad()
 def euler_ancestral_flow(denoise: Denoise, x: Tensor, sigmas: Tensor, generator: torch.Generator) -> Iterator[Step]:
-    """The same for flow models: the signal, too, is brought to the scale of the next sigma (eta 1)."""
+    """Ancestral Euler steps for flow models, as ComfyUI runs them: down to s_next^2 / s, then signal and noise are
+    brought to the next sigma."""
     for i, (s, s_next) in enumerate(itertools.pairwise(sigmas)):
         denoised = denoise(x, s.expand(len(x)))
         down = s_next * s_next / s

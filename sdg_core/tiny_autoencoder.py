@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PREFIXES = ("taesd_decoder.", "taesd_encoder.", "decoder.layers.", "encoder.layers.", "decoder.", "encoder.")
+PREFIXES = ("taesd_decoder.", "decoder.")
 
 
 class Clamp(nn.Module):
@@ -73,7 +73,7 @@ class TinyAutoencoder(nn.Module):
 def decoder_from_state(state: Mapping[str, Tensor]) -> nn.Sequential:
     """The decoder of a TAESD-like file, its width, depth and latent channels read off the keys.
 
-    Keys may carry any usual prefix ("taesd_decoder.", "decoder.", "decoder.layers." or none); a file of encoder and
+    Keys may carry a usual prefix ("taesd_decoder.", "decoder." or none); a file of encoder and
     decoder gives its decoder. Raises ValueError where the layers are not a tiny decoder's.
     """
     state = _without_prefix(state)
@@ -102,6 +102,6 @@ def decoder_from_state(state: Mapping[str, Tensor]) -> nn.Sequential:
 def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The decoder's part of a state dict, its keys from "1.weight" on."""
     for prefix in PREFIXES:
-        if "decoder" in prefix and any(key.startswith(prefix + "1.") for key in state):
+        if any(key.startswith(prefix + "1.") for key in state):
             return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
     return dict(state)

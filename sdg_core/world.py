@@ -37,11 +37,15 @@ SAMPLERS: tuple[Sampler, ...] = ("euler", "euler_ancestral", "paper")
 Kind = Literal["text", "content", "structure", "style"]
 
 
+NOISY_SCALE = {**DEFAULT_SCALE, "text": 500.0}
+NOISY_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.9)}
+"""Scales and intervals that the noisy CLIP was measured at on the latent models: their runs start at less noise."""
+
 CLEAN_SCALE = {"text": 600.0, "content": 600.0, "structure": 600.0, "style": 2000.0}
 CLEAN_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.95)}
 """Scales and intervals that clean encoders were measured at on the latent models: they pull less, and need longer."""
 
-STEPS = {"pixels": 50, "latents": 25}
+STEPS = {"pixels": 50, "latents": 20}
 """Sampling steps of the measurements."""
 
 
@@ -150,8 +154,8 @@ def load_latent_world(name: WorldName) -> World:
         decoded if name.route == "clean decoded" else space.linear_view(),
         1.0,
         lambda x: decoded.decode(x).clamp(-1, 1),
-        DEFAULT_SCALE if noisy else CLEAN_SCALE,
-        DEFAULT_INTERVAL if noisy else CLEAN_INTERVAL,
+        NOISY_SCALE if noisy else CLEAN_SCALE,
+        NOISY_INTERVAL if noisy else CLEAN_INTERVAL,
     )
 
 

@@ -239,9 +239,9 @@ def latent_text_example() -> None:
     clip = graph.add("SDGLoadNoisyCLIP", "Load Noisy CLIP (SDG)", (0, 140), ["avatars latent (bundled)"])
     vae = graph.add("SDGLoadAutoencoder", "Load Autoencoder (SDG)", (0, 280), [])
     note = (
-        "Guidance of a latent model, as with SD, SDXL, SD3 or Flux: a flow model on 4-channel latents.\n\nThe noisy CLIP "
-        "was made for the linear picture of these latents, so nothing is decoded while sampling. Load CLIP works too: "
-        "then the model's estimate is read."
+        "Guidance of a latent model, as with SD, SDXL, SD3 or Flux: a flow model on 4-channel latents.\n\nThe noisy "
+        "CLIP was made for the linear picture of these latents, so nothing is decoded while sampling. Load CLIP works "
+        "too: then the model's estimate is read."
     )
     graph.add("Note", "About", (0, 430), [note])
     graph.group("Sample under a text", 380, -80, 1740, 840)

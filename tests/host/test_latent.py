@@ -127,11 +127,8 @@ def taesd_file(comfy, tmp_path_factory) -> Iterator[Path]:
 
     folder = tmp_path_factory.mktemp("vae_approx")
     save_file(draw(Decoder(latent_channels=4)).state_dict(), folder / "taesd_decoder.safetensors")
-    paths, extensions = comfy.folder_paths.folder_names_and_paths["vae_approx"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(
-            comfy.folder_paths.folder_names_and_paths, "vae_approx", ([str(folder)], extensions or {".safetensors"})
-        )
+        patch.setitem(comfy.folder_paths.folder_names_and_paths, "vae_approx", ([str(folder)], {".safetensors"}))
         yield folder / "taesd_decoder.safetensors"
 
 
@@ -301,6 +298,19 @@ def test_gradient_through_a_vae_is_the_finite_difference(pack, sd15, text, clean
     assert (ahead - behind) / (2 * step) == pytest.approx(grad.norm().item(), rel=0.02)
 
 
+def test_autoencoder_is_a_vae_of_the_host(comfy, pack, models_folder, latent_adm, autoencoder):
+    load, space = pack.core_checkpoint, latent_adm("eps").model.diffusion_model.config.latent_format
+    model = load.load_tiny_autoencoder(models_folder / "latent/autoencoder.safetensors")
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        latent = {"samples": latent_adm("eps").model.process_latent_out(x)}
+        (image,) = comfy.nodes.VAEDecode().decode(autoencoder, latent)
+        (encoded,) = comfy.nodes.VAEEncode().encode(autoencoder, image)
+        wanted = (space.tiny_view(model.decoder).picture(x, torch.ones(2)) + 1) / 2
+        assert (image.movedim(-1, 1) - wanted.clamp(0, 1)).abs().max() < 1e-5
+        assert (encoded["samples"] - model.encoder(image.movedim(-1, 1))).abs().max() < 1e-5
+
+
 def test_a_pixel_vae_changes_nothing_for_a_pixel_model(comfy, sample, text, adm, clean_clip):
     vae = comfy.nodes.VAELoader().load_vae("pixel_space")[0]
     start = {"latent_image": {"samples": torch.zeros(1, 3, 16, 16)}}
@@ -338,19 +348,27 @@ def test_a_noisy_clip_of_another_view_is_refused_by_name(
     refused(sample, wanted.format("linear:made up", *["linear:SD15"] * 2), sd15, linear, **prompts)
 
 
-def test_views_that_a_model_does_not_have_are_refused(
-    comfy, sample, text, adm, latent_adm, sd15, prompts, clean_clip, linear_noisy_clip, autoencoder, monkeypatch, tmp_path
-):  # fmt: skip
-    clean, noisy, model = text(clean_clip), text(linear_noisy_clip), latent_adm("eps")
-    start = {"latent_image": {"samples": torch.zeros(1, 3, 16, 16)}}
-    refused(sample, "The view is decoded, but a noisy CLIP", model, noisy, view="decoded", vae=autoencoder)
-    refused(sample, r"The view is pixels.*\(made up\) have 4 channels", model, clean, view="pixels")
+def test_views_that_a_model_does_not_have_are_refused(sample, text, adm, latent_adm, clean_clip):
+    clean, start = text(clean_clip), {"latent_image": {"samples": torch.zeros(1, 3, 16, 16)}}
+    refused(sample, r"The view is pixels.*\(made up\) have 4 channels", latent_adm("eps"), clean, view="pixels")
     refused(sample, "The view is linear, but this model draws pixels", adm, clean, view="linear", **start)
-    refused(sample, r"no TAESD for this model's latents \(made up\)", model, clean, view="decoded")
+    wanted = r"no TAESD for this model's latents \(made up\)\. Connect a VAE, or choose the view linear\."
+    refused(sample, wanted, latent_adm("eps"), clean, view="decoded")
+
+
+def test_a_noisy_clip_is_refused_for_the_decoded_view(sample, text, latent_adm, linear_noisy_clip, pair, autoencoder):
+    wanted = "The view is decoded, but a noisy CLIP.*Load CLIP"
+    for encoder in (linear_noisy_clip, pair(-1)):
+        refused(sample, wanted, latent_adm("eps"), text(encoder), view="decoded", vae=autoencoder)
+
+
+def test_a_missing_taesd_is_named_with_its_folder(
+    comfy, sample, text, sd15, prompts, clean_clip, monkeypatch, tmp_path
+):
     folders = comfy.folder_paths.folder_names_and_paths
     monkeypatch.setitem(folders, "vae_approx", ([str(tmp_path)], {".safetensors"}))
     missing = r"needs taesd_decoder\.safetensors \(or \.pth\) in models/vae_approx"
-    refused(sample, missing, sd15, clean, view="decoded", **prompts)
+    refused(sample, missing, sd15, text(clean_clip), view="decoded", **prompts)
 
 
 def test_a_latent_without_linear_picture_is_seen_decoded_or_refused(
@@ -363,6 +381,7 @@ def test_a_latent_without_linear_picture_is_seen_decoded_or_refused(
     wanted = r"no linear picture of this model's latents \(made up\).*view decoded and connect a VAE"
     refused(sample, wanted, model, text(clean_clip), view="linear")
     refused(sample, wanted, model, text(linear_noisy_clip))
+    refused(sample, r"no TAESD for this model's latents \(made up\)\. Connect a VAE\.$", model, text(clean_clip))
     choice = pack.views.ViewChoice("auto", autoencoder)
     assert pack.views.choose_view(model, clean_clip.model, choice).view.name == "decoded"
 
@@ -571,8 +590,10 @@ def test_out_of_memory_takes_the_gradient_in_parts(pack, sample, latent_adm, rou
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Reads /proc.")
-def test_ten_runs_leave_no_memory_behind(sample, text, latent_adm, pair, autoencoder):
-    """After the tenth run at most 1 % more than after the second."""
+def test_ten_runs_leave_no_memory_behind(
+    sample, text, latent_adm, sd15, prompts, pair, clean_clip, autoencoder, taesd_file, caplog
+):
+    """After the tenth run at most 1 % more than after the second, through a VAE and through TAESD."""
 
     def resident() -> int:
         gc.collect()
@@ -582,9 +603,11 @@ def test_ten_runs_leave_no_memory_behind(sample, text, latent_adm, pair, autoenc
     sizes = []
     for _ in range(10):
         sample(latent_adm("eps"), text(pair(300)), vae=autoencoder)
+        sample(sd15, text(clean_clip), view="decoded", steps=2, batch=1, **prompts)
         sizes.append(resident())
     print(f"Resident after run 2: {sizes[1] / 2**20:.1f} MB, after run 10: {sizes[9] / 2**20:.1f} MB.")
     assert sizes[9] <= 1.01 * sizes[1]
+    assert not [r.message for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -620,4 +643,3 @@ def test_cancelling_ends_the_run_within_a_step_and_leaves_nothing(
     gc.collect()
     assert [ref() for pair in states for ref in pair] == [None, None]
     assert torch.equal(custom(comfy, model, sigmas, noise), before)
-

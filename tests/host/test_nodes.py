@@ -121,9 +121,9 @@ def text(run, noisy_clip):
 def other_model(comfy, adm):
     """The ADM passed off as a model with another latent format or another kind of sampling."""
 
-    def build(channels=3, kind=None):
+    def build(kind=None, **latent):
         model = adm.clone()
-        latent = type("Latent", (type(adm.model.latent_format),), {"latent_channels": channels})()
+        latent = type("Latent", (type(adm.model.latent_format),), latent)()
         model.add_object_patch("latent_format", latent)
         if kind:
             sampling = type(
@@ -139,6 +139,8 @@ def test_models_that_cannot_be_guided_are_refused(run, adm, other_model, text):
     latent = torch.zeros(1, 3, 16, 16)
     with pytest.raises(ValueError, match="without noise"):
         sampled(run, other_model(kind="IMG_TO_IMG"), text, latent)
+    with pytest.raises(ValueError, match="sound or solid shapes"):
+        sampled(run, other_model(latent_dimensions=1), text, latent)
     wrong(run, "cap is 0", "SDGApplyGuidance", model=adm, guidance=text, strength="relative", cap=0.0)
 
 
