@@ -26,6 +26,11 @@ SAMPLERS = {
     "euler_ancestral_cfg_pp": 200, "dpmpp_2m_cfg_pp": 100,
 }  # fmt: skip
 
+# At 100 steps. Both leave sigma = 1, where a flow has no signal and is not guided, in one long unguided stride.
+KNOWN_MISSES = {
+    ("FLOW", "exp_heun_2_x0"), ("FLOW", "dpmpp_2s_ancestral_cfg_pp"), ("FLUX", "dpmpp_2s_ancestral_cfg_pp"),
+}  # fmt: skip
+
 
 class GaussianNet(torch.nn.Module):
     """The network whose output makes the model's own ``calculate_denoised`` give E[x_0 | x_t] exactly."""
@@ -146,7 +151,7 @@ def test_guided_samples_follow_the_posterior(gaussian_model, sampled, kind, samp
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def measure_every_sampler(comfy, gaussian_model, sampled, kind):
     """The whole table, unguided beside guided: `make closed-form`. No sampler may miss guided that is right unguided,
-    but those known to."""
+    but ``KNOWN_MISSES``."""
     strays = []
     for sampler in comfy.samplers.KSampler.SAMPLERS:
         rows = []
@@ -163,7 +168,7 @@ def measure_every_sampler(comfy, gaussian_model, sampled, kind):
         print(f"| {kind} | {sampler} | {plain_mean:.3f} | {plain_std:.3f} | {mean:.3f} | {std:.3f} | {verdict} |")
         strays += [sampler] if right and not hit else []
     print(f"{kind}: wrong only when guided: {strays or 'none'}")
-    assert len(strays) <= 8
+    assert {(kind, sampler) for sampler in strays} <= KNOWN_MISSES
 
 
 def test_flow_with_another_noise_scale_follows_the_posterior(gaussian_model, sampled):
