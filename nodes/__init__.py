@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .finetune import SDGFinetuneNoisyCLIP, SDGSaveNoisyCLIP
 from .guidance import (
     SDGCombineGuidance,
     SDGContentGuidance,
@@ -39,6 +40,8 @@ NODES: list[type[io.ComfyNode]] = [
     SDGGuidedKSampler,
     SDGApplyGuidance,
     SDGPaperSampler,
+    SDGFinetuneNoisyCLIP,
+    SDGSaveNoisyCLIP,
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 BUNDLED_NAME = "avatars (bundled)"
 FOLDERS = {
-    "noisy_clip": {".safetensors"},
+    "noisy_clip": {".safetensors", ".pt", ".pth"},
     "adm": {".safetensors", ".pt", ".pth"},
     "open_clip": {".safetensors", ".pt", ".pth", ".bin"},
 }
@@ -114,6 +115,19 @@ def fingerprint(folder: str, name: str) -> str:
     path = model_path(folder, name)
     stat = path.stat()
     return f"{path}:{stat.st_mtime_ns}:{stat.st_size}"
+
+
+class NodeText:
+    """Words on a running node, as the host's own API nodes show them. ``hidden`` is the node's, with its unique_id."""
+
+    def __init__(self, hidden: object) -> None:
+        self.node_id = getattr(hidden, "unique_id", None)
+
+    def say(self, text: str) -> None:
+        """Shows the text; nothing where there is no server (the host's code can be used without)."""
+        server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+        if server is not None and self.node_id is not None:
+            server.send_progress_text(text, self.node_id)
 
 
 # Encoders

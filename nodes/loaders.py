@@ -10,7 +10,8 @@ from comfy_api.latest import io
 from ..sdg_core import open_clip_models
 from ..sdg_core.checkpoint import load_clip, load_noisy_clip, load_tiny_autoencoder
 from ..sdg_core.guidance import Fade
-from ..sdg_core.noisy_clip import NoisyCLIP
+from ..sdg_core.noisy_clip import NoisyCLIP, with_text
+from ..sdg_core.retrieval import retrieval_lines
 from . import host
 from .autoencoder import host_vae
 from .patchers import patch_module
@@ -35,20 +36,32 @@ class SDGLoadNoisyCLIP(io.ComfyNode):
                     default=host.BUNDLED_NAME,
                     tooltip="A file of models/noisy_clip, or the small one for cartoon avatars that "
                     "comes with this pack.",
-                )
+                ),
+                NoisyCLIPSocket.Input(
+                    "text_from",
+                    optional=True,
+                    tooltip="A CLIP from Load CLIP whose text tower is used, for files that come without one. "
+                    "Published checkpoints: RN50x16.",
+                ),
             ],
             outputs=[NoisyCLIPSocket.Output("NOISY_CLIP", tooltip="Connect to the guidance nodes.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, noisy_clip_name: str) -> str:
+    def fingerprint_inputs(cls, noisy_clip_name: str, text_from: None = None) -> str:
         return host.fingerprint("noisy_clip", noisy_clip_name)
 
     @classmethod
-    def execute(cls, noisy_clip_name: str) -> io.NodeOutput:
+    def execute(cls, noisy_clip_name: str, text_from: host.NoisyCLIPValue | None = None) -> io.NodeOutput:
         path = host.model_path("noisy_clip", noisy_clip_name)
         with torch.inference_mode(False):
-            return io.NodeOutput(patch_module(load_noisy_clip(path)))
+            encoder = load_noisy_clip(path)
+            if text_from is not None:
+                encoder = with_text(encoder, host.single_encoder(text_from, "text_from").model)
+        host.NodeText(cls.hidden).say("\n".join([f"for {encoder.view}", *retrieval_lines(encoder.config.retrieval)]))
+        with torch.inference_mode(False):
+            return io.NodeOutput(patch_module(encoder))
 
 
 class SDGLoadCLIP(io.ComfyNode):

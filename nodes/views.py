@@ -104,7 +104,7 @@ def _name(latent) -> str:
     return getattr(latent, "sdg_name", None) or type(latent).__name__
 
 
-def _downscale(latent) -> int:
+def downscale_of(latent) -> int:
     """Picture pixels to a latent pixel; ComfyUI before 0.11 does not say, and has 8 everywhere."""
     return getattr(latent, "spacial_downscale_ratio", 8)
 
@@ -143,7 +143,7 @@ def _decoded(latent, vae) -> ChosenView:
             x = unpack(x)
         return decoder.model(x) * 2 - 1  # the host's previews read model latents like this
 
-    view = DecodedView(decode, _downscale(latent), (decoder.model,))
+    view = DecodedView(decode, downscale_of(latent), (decoder.model,))
     return ChosenView(view, decoder)
 
 
@@ -183,7 +183,7 @@ def _through_vae(latent, vae) -> ChosenView:
         return out * 2 - 1 if from_0_to_1 else out
 
     ratio = vae.upscale_ratio[-1] if isinstance(vae.upscale_ratio, tuple) else vae.upscale_ratio
-    scale = ratio if isinstance(ratio, int) else _downscale(latent)
+    scale = ratio if isinstance(ratio, int) else downscale_of(latent)
     return ChosenView(DecodedView(decode, scale, (module,)), patcher)
 
 

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from . import published
 from .adm import ADMConfig, ADMUNet
-from .clip import CleanCLIP, build_clip
+from .clip import CleanCLIP, Unfilled, build_clip
 from .judge import Judge
 from .noisy_clip import NoisyCLIP, NoisyCLIPConfig
-from .tiny_autoencoder import TinyAutoencoder
+from .tiny_autoencoder import TinyAutoencoder, encoder_from_state
 
 BUNDLED = Path(__file__).parent / "avatars"
 """The small models that come with the pack: adm, noisy_clip and judge, each ``.safetensors``."""
 
 TOKEN_IDS = "text.token_ids"
 """Tensor name: ids of the token embeddings kept in a file; row 0 of the table stands for all others."""
+
+PICKLES = (".pt", ".pth")
 
 KINDS = {
     "adm": "an ADM diffusion model",
@@ -35,9 +40,42 @@ KINDS = {
 
 
 def save(path: Path, kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor], half: bool = True) -> None:
-    """Writes weights (fp16 unless ``half`` is False) with kind and config in the metadata."""
-    tensors = {k: (v.half() if half and v.dtype == torch.float32 else v).contiguous().clone() for k, v in state.items()}
-    save_file(tensors, str(path), {"format": "pt", "sdg": json.dumps({"kind": kind, "config": config})})
+    """Writes weights (fp16 unless ``half`` is False) with kind and config in the metadata: the whole file, or nothing.
+
+    Raises FileNotFoundError where there is no such folder, ValueError where it can't be written to.
+    """
+    tensors = {k: (_halved(v) if half else v).contiguous().clone() for k, v in state.items()}
+    with _replaced(path) as part:
+        save_file(tensors, str(part), _metadata(kind, config))
+
+
+def _metadata(kind: str, config: Mapping[str, Any]) -> dict[str, str]:
+    return {"format": "pt", "sdg": json.dumps({"kind": kind, "config": config})}
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    """In fp16, but for tensors of other kinds than float32 and those with numbers beyond fp16's range."""
+    if tensor.dtype != torch.float32:
+        return tensor
+    half = tensor.half()
+    return half if torch.equal(half.isfinite(), tensor.isfinite()) else tensor
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """A new file beside ``path`` that takes its place when the block ends well. Otherwise ``path`` stays as it was."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent} for {path.name}. Make it, or choose another.")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} was not written: {error}. Check that its folder can be written to and that the disk has room."
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -84,9 +122,28 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def load_latent_encoder(path: Path) -> tuple[Callable[[Tensor], Tensor], int]:
+    """Pictures (B, 3, H, W) in -1..1 -> model latents, and how many picture pixels a latent pixel spans.
+
+    From a TAESD encoder, whose latents are a model's own, or the bundled autoencoder. Raises ValueError for others.
+    """
+    if path == BUNDLED / "latent" / "autoencoder.safetensors":
+        space = read_adm(BUNDLED / "latent" / "v.safetensors")[0].latent_format
+        encoder, scale, shift = load_tiny_autoencoder(path).encoder, space.scale, space.shift
+    else:
+        state = load_pickle(path) if path.suffix in PICKLES else load_file(path)
+        encoder, scale, shift = encoder_from_state(state).requires_grad_(False).eval(), 1.0, 0.0
+    halvings = sum(isinstance(layer, nn.Conv2d) and layer.stride == (2, 2) for layer in encoder)
+
+    def encode(picture: Tensor) -> Tensor:
+        return (encoder.to(picture.device)((picture + 1) / 2) - shift) * scale
+
+    return encode, 2**halvings
+
+
 def read_adm(path: Path) -> tuple[ADMConfig, dict[str, Tensor]]:
     """Config and weights of an ADM: our safetensors, or a published guided-diffusion ``.pt``."""
-    if path.suffix in (".pt", ".pth"):
+    if path.suffix in PICKLES:
         state = load_pickle(path)
         return ADMConfig.from_state_dict(state), state
     config, state = load(path, "adm")
@@ -101,16 +158,32 @@ def load_adm(path: Path = BUNDLED / "adm.safetensors") -> ADMUNet:
     return unet.requires_grad_(False).eval()
 
 
-def save_noisy_clip(path: Path, model: NoisyCLIP, token_ids: Tensor | None = None) -> None:
-    """Writes a NoisyCLIP. With ``token_ids``, its token table is a small one: row 0 for unknown tokens, then those."""
+def save_noisy_clip(path: Path, model: NoisyCLIP, token_ids: Tensor | None = None, half: bool = True) -> None:
+    """Writes a NoisyCLIP, with its text tower if it has one; fp16 unless ``half`` is False.
+
+    With ``token_ids``, its token table is a small one: row 0 for unknown tokens, then those. Raises as ``save`` does.
+    """
     state = dict(model.state_dict())
     if token_ids is not None:
         state[TOKEN_IDS] = token_ids
-    save(path, "noisy_clip", {**asdict(model.config), "has_text": model.has_text}, state)
+    save(path, "noisy_clip", {**asdict(model.config), "has_text": model.has_text}, state, half)
+
+
+def write_retrieval(path: Path, rows: Sequence[Sequence[float]]) -> None:
+    """Puts measurements (``NoisyCLIPConfig.retrieval``) into a noisy CLIP's metadata; its tensors stay as they are."""
+    config, _ = load(path, "noisy_clip")
+    tensors = load_file(path)
+    with _replaced(path) as part:
+        save_file(tensors, str(part), _metadata("noisy_clip", {**config, "retrieval": rows}))
 
 
 def load_noisy_clip(path: Path = BUNDLED / "noisy_clip.safetensors") -> NoisyCLIP:
-    """A NoisyCLIP with its standard token table, frozen, in eval mode, float32."""
+    """A NoisyCLIP with its standard token table, frozen, in eval mode, float32: ours, or a published ``.pt``.
+
+    Raises FileNotFoundError where there is no such file, ValueError where it holds something else.
+    """
+    if path.suffix in PICKLES:
+        return _load_published(path)
     config, state = load(path, "noisy_clip")
     has_text = config.pop("has_text")
     settings = NoisyCLIPConfig.from_json(config)
@@ -118,9 +191,23 @@ def load_noisy_clip(path: Path = BUNDLED / "noisy_clip.safetensors") -> NoisyCLI
         state["text.token_embedding.weight"] = _full_table(
             state["text.token_embedding.weight"], state.pop(TOKEN_IDS), settings.clip["text_cfg"]["vocab_size"]
         )
-    model = NoisyCLIP(settings, build_clip(settings.clip), has_text)
+    model = _unfilled_noisy_clip(settings, has_text)
     fill(model, state, path)
     return model.requires_grad_(False).eval()
+
+
+def _load_published(path: Path) -> NoisyCLIP:
+    """One of the paper's own encoders, without a text tower."""
+    state = load_pickle(path)
+    published.check_layout(state)
+    model = _unfilled_noisy_clip(published.CONFIG, has_text=False)
+    fill(model, published.translate(state, model.state_dict()), path)
+    return model.requires_grad_(False).eval()
+
+
+def _unfilled_noisy_clip(config: NoisyCLIPConfig, has_text: bool) -> NoisyCLIP:
+    with Unfilled():
+        return NoisyCLIP(config, build_clip(config.clip), has_text)
 
 
 def load_clip(path: Path = BUNDLED / "clip.safetensors") -> CleanCLIP:
@@ -130,7 +217,8 @@ def load_clip(path: Path = BUNDLED / "clip.safetensors") -> CleanCLIP:
     state["token_embedding.weight"] = _full_table(rows, ids, config["clip"]["text_cfg"]["vocab_size"])
     clip = build_clip(config["clip"])
     fill(clip, state, path)
-    model = CleanCLIP(clip, config["clip"]["vision_cfg"]["image_size"], config["noise_size"])
+    size = config["clip"]["vision_cfg"]["image_size"]
+    model = CleanCLIP(clip, size, config["noise_size"], config=config["clip"], source="avatars")
     return model.requires_grad_(False).eval()
 
 

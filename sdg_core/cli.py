@@ -1,4 +1,4 @@
-"""The command line: `sdg demo | sample | evaluate`."""
+"""The command line: `sdg demo | sample | evaluate | convert`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .checkpoint import BUNDLED
+from . import open_clip_models
+from .checkpoint import BUNDLED, load_noisy_clip, save_noisy_clip
 from .demo import draw_demo
 from .evaluate import SUITES, Row, Settings, as_json, evaluate
+from .finetune_cli import add_evaluate, add_finetune
 from .guide import Strength
+from .noisy_clip import with_text
 from .world import SAMPLERS, Pull, WorldName, batch_noise, load_world, sample
 
 
@@ -69,6 +72,17 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--block", type=int, default=1, help="of seeds and references; the scales were chosen on 0")
     check.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     check.set_defaults(run=run_evaluate)
+    add_evaluate(check)
+    add_finetune(commands)
+    convert = commands.add_parser("convert", help="a published noisy CLIP, or one of ours, as our kind of file")
+    convert.add_argument("source", type=Path, metavar="IN", help="a published .pt, or .safetensors of this pack")
+    convert.add_argument("--out", type=Path, required=True, metavar="OUT.safetensors")
+    convert.add_argument("--half", action="store_true", help="write fp16: half the size")
+    convert.add_argument(
+        "--text-from", metavar="TAG_OR_FILE", help='add a text tower: a file of weights, or a tag as "openai"'
+    )
+    convert.add_argument("--force", action="store_true", help="overwrite OUT")
+    convert.set_defaults(run=run_convert)
     for command in (demo, one, check):
         command.add_argument(
             "--models", type=Path, default=BUNDLED, help="folder of the models; default: the bundled ones"
@@ -118,6 +132,19 @@ def run_evaluate(args: argparse.Namespace) -> None:
     with tqdm(unit="batch", file=sys.stderr) as bar:
         rows = evaluate(names, settings, lambda name, done, total: _advance(bar, done, total, name))
     print(json.dumps(as_json(rows), indent=2) if args.json else table(rows))
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    """`sdg convert`: the same encoder in a file of our kind."""
+    if args.out.suffix != ".safetensors":
+        raise ValueError(f"Got --out {args.out}; wanted a name that ends in .safetensors.")
+    if args.out.exists() and not args.force:
+        raise ValueError(f"There is a file {args.out} already. Choose another name, or overwrite it with --force.")
+    encoder = load_noisy_clip(args.source)
+    if args.text_from:
+        encoder = with_text(encoder, open_clip_models.load_any(encoder.config.clip, args.text_from))
+    save_noisy_clip(args.out, encoder, half=args.half)
+    print(f"Wrote {args.out.resolve()}")
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import open_clip
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .features import Features
 from .towers import open_tower
@@ -23,7 +26,8 @@ class CleanCLIP(nn.Module):
     ``clip`` is an open_clip model; its image tower moves into this one. ``text`` is what is left of it, None where the
     file has no text tower (then only image guidances work). ``image_size``: side of the tower's input.
     ``picture_size``: pictures are first brought to this side, 0 for the tower's own. ``tokenizer`` maps prompts to
-    tokens (N, L); None is CLIP's own.
+    tokens (N, L); None is CLIP's own. ``config`` is open_clip's config of the whole model, with its name as
+    "architecture" where it has one: what a noisy CLIP of the same build needs. ``source`` names the weights.
     """
 
     reads = "denoised"
@@ -38,10 +42,13 @@ class CleanCLIP(nn.Module):
         std: Sequence[float] = CLIP_STD,
         has_text: bool = True,
         tokenizer: Callable[[list[str]], Tensor] | None = None,
+        config: Mapping[str, Any] | None = None,
+        source: str = "",
     ) -> None:
         super().__init__()
         self.image_size, self.noise_size = image_size, picture_size or image_size
         self.mean, self.std, self.has_text, self.tokenizer = tuple(mean), tuple(std), has_text, tokenizer
+        self.config, self.source = config, source
         self.tower = open_tower(clip.visual)
         clip.visual = None
         self.text = clip if has_text else None
@@ -71,8 +78,8 @@ class CleanCLIP(nn.Module):
         """Normalised text embeddings (N, D). Raises ValueError where the checkpoint came without its text tower."""
         if self.text is None:
             raise ValueError(
-                "This CLIP has no text tower, so it cannot guide by text. "
-                "Load one with its text tower, or use content, structure or style guidance."
+                "This CLIP has no text tower, so it cannot guide by text. Connect Load CLIP to text_from of Load Noisy "
+                "CLIP (published checkpoints: RN50x16, openai), or use content, structure or style guidance."
             )
         tokenizer = self.tokenizer or open_clip.SimpleTokenizer(context_length=self.text.context_length)
         device = next(self.text.parameters()).device
@@ -96,13 +103,49 @@ def unit(embed: Tensor) -> Tensor:
     return F.normalize(embed.float(), dim=-1)
 
 
-def build_clip(config: Mapping[str, Any]) -> nn.Module:
-    """The open_clip model of a config, without weights worth keeping."""
-    from open_clip.model import CLIP
+class Unfilled(TorchFunctionMode):
+    """While open, no random initial weights are drawn, which takes long in large models: others are about to be loaded.
 
-    return CLIP(
-        config["embed_dim"],
-        dict(config["vision_cfg"]),
-        dict(config["text_cfg"]),
-        quick_gelu=config.get("quick_gelu", False),
-    )
+    Everything else is computed as usual, also buffers that no file holds.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _RANDOM_FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+_RANDOM_FILLS = {nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_, Tensor.normal_, Tensor.uniform_}
+
+
+def build_clip(config: Mapping[str, Any]) -> nn.Module:
+    """The open_clip model of a config, without weights worth keeping. Nothing is downloaded."""
+    from open_clip.model import CLIP, CustomTextCLIP
+
+    vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
+    if "timm_model_name" in vision:
+        vision["timm_model_pretrained"] = False
+    if "hf_model_name" in text:
+        text["hf_model_pretrained"] = False
+    custom = config.get("custom_text", False) or "hf_model_name" in text
+    others = {k: config[k] for k in ("init_logit_scale", "init_logit_bias") if k in config}
+    model = CustomTextCLIP if custom else CLIP
+    return model(config["embed_dim"], vision, text, quick_gelu=config.get("quick_gelu", False), **others)
+
+
+def tokenizer_of(architecture: str) -> Callable[[list[str]], Tensor]:
+    """Prompts -> tokens (N, L), as an architecture of open_clip reads them. Some are downloaded at first use."""
+    return functools.partial(_tokens, architecture)
+
+
+def _tokens(architecture: str, prompts: list[str]) -> Tensor:
+    try:
+        tokens = open_clip.get_tokenizer(architecture)(prompts)
+    except OSError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"The tokenizer of {architecture} could not be loaded: {reason}. It is downloaded at first use; check the "
+            "connection. Content, structure and style guidance work without it."
+        ) from error
+    return tokens if isinstance(tokens, Tensor) else torch.as_tensor(tokens)

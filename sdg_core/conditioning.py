@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from .adm import timestep_embedding
@@ -66,7 +67,7 @@ def modulated(norms: Sequence[tuple[str, nn.Module]], modulation: Modulation) ->
 
 def _modulate(scale: Tensor, shift: Tensor):
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        channels_last = isinstance(layer, nn.LayerNorm)
+        channels_last = isinstance(layer, nn.LayerNorm) and not isinstance(layer, LayerNorm2d)
         shape = (len(scale),) + ((1,) * (y.ndim - 2) + (-1,) if channels_last else (-1,) + (1,) * (y.ndim - 2))
         return torch.addcmul(shift.view(shape), y, 1 + scale.view(shape))
 

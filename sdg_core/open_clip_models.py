@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import functools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import open_clip
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .clip import CLIP_MEAN, CLIP_STD, CleanCLIP
+from .clip import CLIP_MEAN, CLIP_STD, CleanCLIP, tokenizer_of
 
 
 def architectures() -> list[str]:
@@ -25,7 +25,7 @@ def load_file(architecture: str, path: Path) -> CleanCLIP:
     """
     check_architecture(architecture)
     try:
-        return _opened(architecture, open_clip.create_model(architecture, pretrained=str(path)))
+        return _opened(architecture, open_clip.create_model(architecture, pretrained=str(path)), path.name)
     except Exception as error:  # open_clip and torch raise many kinds here, for damage, code and misfits alike
         raise ValueError(
             f"{path.name} was not loaded as {architecture}: {_first_line(error)}. Choose the architecture that the "
@@ -33,8 +33,8 @@ def load_file(architecture: str, path: Path) -> CleanCLIP:
         ) from error
 
 
-def download(architecture: str, tag: str, folder: Path) -> CleanCLIP:
-    """A CLIP by open_clip's tag, downloaded into ``folder`` (with open_clip's own progress bar) unless it is there.
+def download(architecture: str, tag: str, folder: Path | None = None) -> CleanCLIP:
+    """A CLIP by open_clip's tag, downloaded with a bar into ``folder`` (None: open_clip's own) unless it is there.
 
     Raises ValueError for unknown names, naming the known ones, and where the download fails.
     """
@@ -43,13 +43,30 @@ def download(architecture: str, tag: str, folder: Path) -> CleanCLIP:
     if tag not in tags:
         known = ", ".join(tags) or "none: choose a file of weights instead"
         raise ValueError(f'open_clip has no weights "{tag}" for {architecture}. Its tags: {known}.')
+    quick = bool(open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"))  # as the weights were trained
     try:
-        return _opened(architecture, open_clip.create_model(architecture, pretrained=tag, cache_dir=str(folder)))
+        clip = open_clip.create_model(
+            architecture, pretrained=tag, cache_dir=folder and str(folder), force_quick_gelu=quick
+        )
+        return _opened(architecture, clip, tag, quick)
     except Exception as error:
         raise ValueError(
             f"The weights {tag} of {architecture} could not be downloaded or read: {_first_line(error)}. "
             "Check the connection, or put the file into models/open_clip and choose it by name."
         ) from error
+
+
+def load_any(config: Mapping[str, Any], tag_or_file: str) -> CleanCLIP:
+    """The CLIP of a noisy CLIP's open_clip config: from a file, or by tag into open_clip's own folder.
+
+    Raises ValueError where the config does not name its architecture, and as ``load_file`` and ``download`` do.
+    """
+    if "architecture" not in config:
+        raise ValueError("This noisy CLIP's file does not name its architecture, so no other weights fit it for sure.")
+    path = Path(tag_or_file)
+    if path.is_file():
+        return load_file(config["architecture"], path)
+    return download(config["architecture"], tag_or_file)
 
 
 def check_architecture(name: str) -> None:
@@ -59,27 +76,20 @@ def check_architecture(name: str) -> None:
         raise ValueError(f'open_clip knows no architecture "{name}". Nearest: {", ".join(near) or "none"}.')
 
 
-def _opened(architecture: str, clip: nn.Module) -> CleanCLIP:
+def _opened(architecture: str, clip: nn.Module, weights: str, quick_gelu: bool = False) -> CleanCLIP:
     """The opened-up model, with the preprocessing and the tokenizer of its architecture."""
     size = clip.visual.image_size
     tags = open_clip.list_pretrained_tags_by_model(architecture)  # a bare file does not say how pictures are normalised
     prepared = open_clip.get_pretrained_cfg(architecture, tags[0]) if tags else {}
     mean, std = prepared.get("mean") or CLIP_MEAN, prepared.get("std") or CLIP_STD
-    tokenizer = functools.partial(_tokens, architecture)
     side = size if isinstance(size, int) else size[0]
-    return CleanCLIP(clip, side, mean=mean, std=std, tokenizer=tokenizer).requires_grad_(False).eval()
-
-
-def _tokens(architecture: str, prompts: list[str]) -> Tensor:
-    """Tokens (N, L). Some architectures' tokenizers are downloaded at first use."""
-    try:
-        tokens = open_clip.get_tokenizer(architecture)(prompts)
-    except OSError as error:
-        raise ValueError(
-            f"The tokenizer of {architecture} could not be loaded: {_first_line(error)}. It is downloaded at "
-            "first use; check the connection. Content, structure and style guidance work without it."
-        ) from error
-    return tokens if isinstance(tokens, Tensor) else torch.as_tensor(tokens)
+    config = {**open_clip.get_model_config(architecture), "architecture": architecture}
+    config["quick_gelu"] = config.get("quick_gelu", False) or quick_gelu
+    model = CleanCLIP(
+        clip, side, mean=mean, std=std, tokenizer=tokenizer_of(architecture), config=config,
+        source=f"{architecture}/{weights}",
+    )  # fmt: skip
+    return model.requires_grad_(False).eval()
 
 
 def _first_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PREFIXES = ("taesd_decoder.", "decoder.")
+ENCODER_PREFIXES = ("taesd_encoder.", "encoder.")
 
 
 class Clamp(nn.Module):
@@ -99,9 +100,38 @@ def decoder_from_state(state: Mapping[str, Tensor]) -> nn.Sequential:
     return decoder
 
 
-def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The decoder's part of a state dict, its keys from "1.weight" on."""
-    for prefix in PREFIXES:
-        if any(key.startswith(prefix + "1.") for key in state):
+def encoder_from_state(state: Mapping[str, Tensor]) -> nn.Sequential:
+    """The encoder of a TAESD-like file, read off its keys as ``decoder_from_state`` does it.
+
+    Raises ValueError where the layers are not a tiny encoder's.
+    """
+    state = _without_prefix(state, ENCODER_PREFIXES, "0.")
+    positions = sorted({int(key.split(".")[0]) for key in state if key.split(".")[0].isdigit()})
+    if "0.weight" not in state or state["0.weight"].ndim != 4 or state["0.weight"].shape[1] != 3:
+        raise ValueError(
+            "Not a tiny encoder: it does not start with a 2-D convolution of pictures. Wanted a file such as "
+            "taesd_encoder.safetensors, in models/vae_approx."
+        )
+    blocks, count = [], 0
+    for i in positions[1:-1]:
+        if f"{i}.conv.0.weight" in state:
+            count += 1
+        else:  # the convolution that halves the size
+            blocks.append(count)
+            count = 0
+    encoder = tiny_encoder(len(state["0.weight"]), (*blocks, count), len(state[f"{positions[-1]}.weight"]))
+    try:
+        encoder.load_state_dict({k: v.float() for k, v in state.items()})
+    except RuntimeError as error:
+        raise ValueError(f"Not a tiny encoder that this pack can rebuild: {error}") from error
+    return encoder
+
+
+def _without_prefix(
+    state: Mapping[str, Tensor], prefixes: tuple[str, ...] = PREFIXES, first: str = "1."
+) -> dict[str, Tensor]:
+    """One half's part of a state dict, its keys from ``first`` on."""
+    for prefix in prefixes:
+        if any(key.startswith(prefix + first) for key in state):
             return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
     return dict(state)

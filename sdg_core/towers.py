@@ -107,9 +107,18 @@ class TimmTower(Tower):
         self.indices = [(stage + 1) * offered // self.stages - 1 for stage in range(self.stages)]
 
     def norms(self) -> list[tuple[str, nn.Module]]:
-        raise ValueError(
-            "This image tower (a timm model) can't be made aware of noise yet. Use it clean, or choose a ResNet or ViT."
-        )
+        """Every LayerNorm over the channels of the trunk, without those of attention's queries and keys."""
+        found = [
+            (f"visual.trunk.{name}", layer)
+            for name, layer in self.visual.trunk.named_modules()
+            if isinstance(layer, nn.LayerNorm) and layer.bias is not None and not name.endswith(("q_norm", "k_norm"))
+        ]
+        if not found:
+            raise ValueError(
+                "This image tower (a timm model) has no LayerNorms, so it can't be made aware of noise. Use it clean, "
+                "or choose a ResNet, a ViT or a ConvNeXt."
+            )
+        return found
 
     def forward(self, image: Tensor, depth: int) -> Features:
         trunk = self.visual.trunk

@@ -154,9 +154,10 @@ def pack(comfy: SimpleNamespace) -> SimpleNamespace:
     nodes = {node.GET_SCHEMA().node_id: node for node in asyncio.run(extension.get_node_list())}
     modules = {
         part: importlib.import_module(f"{name}.nodes.{part}")
-        for part in ("host", "pixel_model", "paper", "inputs", "views", "patchers", "loaders")
+        for part in ("host", "pixel_model", "paper", "inputs", "views", "patchers", "loaders", "finetune")
     }
     parts = ["guidance", "guide", "gradient", "features", "schedule", "noisy_clip", "sampling", "checkpoint", "views"]
+    parts += ["clip", "published"]
     core = {f"core_{part}": importlib.import_module(f"{name}.sdg_core.{part}") for part in parts}
     return SimpleNamespace(nodes=nodes, **modules, **core)
 

@@ -155,6 +155,61 @@ def test_sizes_and_shapes_that_do_not_fit_are_refused(run, adm, text):
         sampled(run, adm, text, torch.zeros(1, 3, 256))
 
 
+@pytest.fixture
+def published_name(pack, models_folder, monkeypatch):
+    """The name of a published checkpoint in models/noisy_clip: its layout, but a small model instead of RN50x16."""
+    published, path = pack.core_published, models_folder / "noisy_clip/published.pt"
+    encoder = pack.core_checkpoint.load_noisy_clip(models_folder / "noisy_clip/random.safetensors")
+    monkeypatch.setattr(published, "CONFIG", encoder.config)
+    state = {name: value for name, value in encoder.state_dict().items() if not name.startswith("text.")}
+    torch.save({published.published_name(name): value for name, value in state.items()}, path)
+    yield path.name
+    path.unlink()
+
+
+def guided(run, adm, node_id, **inputs):
+    """The picture that a guidance gives, and how far it moved it."""
+    guidance = run(node_id, scale=1.0, **inputs, **WHOLE)
+    latent = torch.zeros(1, 3, 16, 16)
+    picture, plain = (sampled(run, adm, terms, latent, strength="relative")["samples"] for terms in (guidance, None))
+    return picture, float((picture - plain).abs().mean())
+
+
+def test_a_published_checkpoint_guides_by_image_as_the_same_weights_of_ours_do(
+    pack, run, adm, noisy_clip, published_name
+):
+    assert published_name in pack.host.model_names("noisy_clip")
+    encoder, image = run("SDGLoadNoisyCLIP", noisy_clip_name=published_name), torch.rand(1, 16, 16, 3)
+    picture, moved = guided(run, adm, "SDGContentGuidance", noisy_clip=encoder, image=image)
+    assert moved > 0.01
+    assert torch.equal(picture, guided(run, adm, "SDGContentGuidance", noisy_clip=noisy_clip, image=image)[0])
+
+
+def test_a_published_checkpoint_says_where_text_comes_from(run, published_name):
+    encoder = run("SDGLoadNoisyCLIP", noisy_clip_name=published_name)
+    wrong(run, "Load CLIP to text_from", "SDGTextGuidance", noisy_clip=encoder, text="a", scale=1.0, **WHOLE)
+
+
+def test_text_comes_from_another_loader_that_keeps_its_own(pack, run, adm, published_name):
+    core, config = pack.core_clip, pack.core_published.CONFIG.clip
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        clip = core.CleanCLIP(core.build_clip(config), 32, config=config).requires_grad_(False).eval()
+    lender, said = pack.patchers.patch_module(clip), clip.encode_text(["a"])
+    encoders = [run("SDGLoadNoisyCLIP", noisy_clip_name=published_name, text_from=lender) for _ in range(2)]
+    assert guided(run, adm, "SDGTextGuidance", noisy_clip=encoders[0], text="a")[1] > 0.01
+    for encoder in (lender, *encoders):
+        assert torch.equal(encoder.model.encode_text(["a"]), said)
+    assert clip.text is lender.model.text
+    assert encoders[0].model.text is not clip.text
+    pair = run("SDGEncoderCrossfade", noisy=encoders[0], clean=lender, crossover=-1.0)
+    wrong(run, "text_from is a crossfade", "SDGLoadNoisyCLIP", noisy_clip_name=published_name, text_from=pair)
+
+
+def test_a_clip_of_another_width_lends_no_text_tower(run, clean_clip, published_name):
+    wrong(run, r"noisy CLIP 32, so", "SDGLoadNoisyCLIP", noisy_clip_name=published_name, text_from=clean_clip)
+
+
 def test_conditional_models_want_their_prompts(comfy, pack, adm):
     class Conditional:
         model = object()

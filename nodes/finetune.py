@@ -1,0 +1,328 @@
+"""Nodes that make a noisy CLIP and keep it."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.utils
+import folder_paths
+import numpy as np
+import torch
+from comfy_api.latest import io
+from PIL import Image
+from torch import Tensor
+
+from ..sdg_core.checkpoint import save_noisy_clip
+from ..sdg_core.clip import CleanCLIP
+from ..sdg_core.images import PLAIN, Augment, ImageSet, find_images, held_out
+from ..sdg_core.noisy_clip import NoisyCLIP
+from ..sdg_core.retrieval import Retrieval, as_rows, draw_chart, measure_retrieval, retrieval_lines
+from ..sdg_core.sight import Sight
+from ..sdg_core.views import PIXEL_VIEW
+from . import host
+from .loaders import NoisyCLIPSocket
+from .patchers import activation_bytes, patch_module
+from .views import downscale_of, linear_view
+
+if TYPE_CHECKING:  # importing Accelerate takes a while: only when the node runs
+    from ..sdg_core.finetune import Finetuning, Progress, Settings
+
+log = logging.getLogger(__name__)
+
+HELD_OUT = 256
+LIVE_TIMESTEPS = (300, 500, 700)
+LIVE_PICTURES = 48
+LIVE_SHARE = 0.1  # of the time may go into measuring on the way
+
+
+class SDGFinetuneNoisyCLIP(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SDGFinetuneNoisyCLIP",
+            display_name="Fine-tune Noisy CLIP (SDG)",
+            category="SDG/training",
+            description="Teaches a CLIP to read noisy pictures, from pictures without captions. Use it when there is "
+            "no noisy CLIP for your model or your kind of picture.",
+            is_input_list=True,
+            inputs=[
+                NoisyCLIPSocket.Input("clip", tooltip="The clean CLIP to start from, of Load CLIP. It stays as it is."),
+                io.Int.Input(
+                    "steps", default=1000, min=1, max=1_000_000,
+                    tooltip="More teach more. 50 is a trial, 1,000 a start."
+                ),
+                io.Int.Input(
+                    "batch_size", default=64, min=2, max=65536,
+                    tooltip="Pictures told apart in every step. More learn better and take longer. Not above the "
+                    "number of pictures.",
+                ),
+                io.Int.Input(
+                    "micro_batch", default=64, min=1, max=65536,
+                    tooltip="Pictures in memory at once. Lower it when memory runs out: slower, with the same result.",
+                ),
+                io.Float.Input(
+                    "learning_rate", default=3e-4, min=1e-7, max=1e-2, step=1e-5, round=1e-7,
+                    tooltip="Higher learns faster, too high forgets. Usual 0.0001 to 0.0005.",
+                ),
+                io.Combo.Input(
+                    "train", options=["all", "last", "conditioning"], default="all",
+                    tooltip="What learns: the whole image tower, its last stage, or only how it uses the noise level. "
+                    "Less is faster and learns less.",
+                ),
+                io.Combo.Input(
+                    "timesteps", options=["uniform", "angle"], default="uniform",
+                    tooltip="How noise levels are drawn: uniform as in the paper; angle spends less on pure noise.",
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=2**31 - 1, control_after_generate=False,
+                    tooltip="The same seed gives the same encoder.",
+                ),
+                io.Int.Input(
+                    "size", default=0, min=0, max=4096,
+                    tooltip="Side of what the diffusion model draws: pixels, or latent pixels (SD1.5: 64, SDXL: 128). "
+                    "0: the CLIP's own.",
+                ),
+                io.String.Input(
+                    "folder", default="",
+                    tooltip="A folder of pictures, in ComfyUI's input folder or by its whole path. Empty: only those "
+                    "of the images input.",
+                ),
+                io.Image.Input("images", optional=True, tooltip="Pictures to learn from, a batch or a list."),
+                io.Model.Input(
+                    "model", optional=True, tooltip="The diffusion model to be guided. Empty: a model of pixels."
+                ),
+                io.Vae.Input(
+                    "vae", optional=True,
+                    tooltip="With a latent model: learn from exact latents as well. Slower, closer to the model.",
+                ),
+            ],
+            outputs=[
+                NoisyCLIPSocket.Output("NOISY_CLIP", tooltip="Connect to guidance nodes, or to Save Noisy CLIP."),
+                io.Image.Output(
+                    "IMAGE", display_name="chart", tooltip="How well pictures are found again under noise; the loss."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: list[str], **others: list) -> str:
+        if not folder[0]:
+            return ""
+        files = find_images(input_folder(folder[0]))
+        return f"{len(files)}:{max(file.stat().st_mtime_ns for file in files)}"
+
+    @classmethod
+    def execute(
+        cls, clip: list, steps: list, batch_size: list, micro_batch: list, learning_rate: list, train: list,
+        timesteps: list, seed: list, size: list, folder: list, images: list | None = None, model: list | None = None,
+        vae: list | None = None,
+    ) -> io.NodeOutput:  # fmt: skip
+        from ..sdg_core.finetune import Settings
+
+        settings = Settings(
+            steps[0], batch_size[0], micro_batch[0], learning_rate[0], layers=train[0], timesteps=timesteps[0],
+            seed=seed[0],
+        )  # fmt: skip
+        patcher = host.single_encoder(clip[0], "clip")
+        with torch.inference_mode(False), torch.enable_grad():
+            clean = host.load_encoder(patcher)
+            sight = sight_of(clean, size[0], model and model[0], vae and vae[0])
+            training, proof = pictures(folder[0], images or [], max(sight.picture_size, clean.noise_size), seed[0])
+            mm.free_memory(memory_wanted(clean, settings), patcher.load_device, [])
+            made, chart = finetuned(clean, sight, training, proof, settings, host.NodeText(cls.hidden))
+            return io.NodeOutput(patch_module(made), as_host_image(chart))
+
+
+class SDGSaveNoisyCLIP(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SDGSaveNoisyCLIP",
+            display_name="Save Noisy CLIP (SDG)",
+            category="SDG/training",
+            description="Writes a noisy CLIP to models/noisy_clip, with what it was made for and how well it does.",
+            inputs=[
+                NoisyCLIPSocket.Input("noisy_clip", tooltip="From Fine-tune Noisy CLIP, or a loaded one to convert."),
+                io.String.Input(
+                    "name", default="my_noisy_clip", tooltip="File name without ending. A number is added to new ones."
+                ),
+                io.String.Input("dataset", default="", tooltip="Which pictures it learned from. Kept in the file."),
+                io.String.Input("licence", default="", tooltip="Under which licence you share it. Kept in the file."),
+                io.Boolean.Input(
+                    "half", default=True, tooltip="Half the file size, with no visible difference. Off: float32."
+                ),
+            ],
+            outputs=[],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, noisy_clip: host.NoisyCLIPValue, name: str, dataset: str, licence: str, half: bool
+    ) -> io.NodeOutput:
+        encoder = host.single_encoder(noisy_clip, "noisy_clip").model
+        if encoder.reads != "noisy":
+            raise ValueError("This CLIP reads clean pictures only. Connect a noisy one, from Fine-tune Noisy CLIP.")
+        said = {"dataset": dataset, "licence": licence}
+        with torch.inference_mode(False):
+            path = keep(encoder, name, half, {key: value for key, value in said.items() if value})
+        host.NodeText(cls.hidden).say(f"Saved {path.name}")
+        return io.NodeOutput(ui={"text": [str(path.name)]})
+
+
+def input_folder(name: str) -> Path:
+    """A folder by its whole path, or in ComfyUI's input folder."""
+    path = Path(name)
+    return path if path.is_absolute() else Path(folder_paths.get_input_directory()) / path
+
+
+def pictures(folder: str, images: list[Tensor], size: int, seed: int) -> tuple[ImageSet, ImageSet | None]:
+    """Training and held-out pictures of a folder and of IMAGE values (B, H, W, C) in 0..1.
+
+    Raises ValueError where there are none.
+    """
+    given = [image for batch in images for image in batch]
+    files = find_images(input_folder(folder)) if folder else []
+    if not given and not files:
+        raise ValueError("Got no pictures to learn from. Connect images, or give a folder of pictures.")
+    sources = [*files, *((image[..., :3].clamp(0, 1) * 255).round().byte().cpu() for image in given)]
+    kept, measured_on = held_out(len(sources), HELD_OUT, seed)
+    chosen = [[sources[i] for i in part] for part in (kept, measured_on)]
+    return (
+        ImageSet(chosen[0], size, Augment(), seed),
+        ImageSet(chosen[1], size, PLAIN) if len(chosen[1]) > 1 else None,
+    )
+
+
+def sight_of(clean: CleanCLIP, size: int, model: comfy.model_patcher.ModelPatcher | None, vae) -> Sight:
+    """What the encoder will look at, from the model to be guided."""
+    latent = None if model is None else model.get_model_object("latent_format")
+    if latent is None or latent.latent_channels == 3:
+        return Sight(size or clean.noise_size, PIXEL_VIEW)
+    view = linear_view(latent)
+    if vae is None:
+        return Sight(size or clean.noise_size, view)
+
+    def encode(picture: Tensor) -> Tensor:
+        with torch.inference_mode():
+            latents = vae.encode(((picture + 1) / 2).movedim(1, -1))
+            latents = latent.process_in(latents[:, :, 0] if latents.ndim == 5 else latents)
+        return latents.clone().to(picture)
+
+    return Sight(size or clean.noise_size, view, encode, downscale_of(latent))
+
+
+def memory_wanted(clean: CleanCLIP, settings: Settings) -> int:
+    """Bytes of a step: activations of a micro batch; weights, gradients, averages and the optimizer's two."""
+    weights = 4 * sum(p.numel() for p in clean.tower.parameters())
+    return activation_bytes(clean) * min(settings.batch_size, settings.micro_batch) + 6 * weights
+
+
+def finetuned(
+    clean: CleanCLIP, sight: Sight, training: ImageSet, proof: ImageSet | None, settings: Settings, text: host.NodeText
+) -> tuple[NoisyCLIP, Image.Image]:
+    """Runs it, with a live chart on the node; the encoder and the last chart.
+
+    A cancelled run writes what there is to models/noisy_clip before it ends.
+    """
+    from ..sdg_core.finetune import Finetuning, accelerator
+
+    device = next(clean.parameters()).device
+    precision = "bf16" if device.type == "cuda" and mm.should_use_bf16(device) else "no"
+    run = Finetuning(clean, sight, training, settings, accelerator(device.type == "cpu", precision))
+    notes = {"base": clean.source, "steps": str(settings.steps), "batch_size": str(settings.batch_size)}
+    losses = learn(run, Live(run, clean, proof, text), notes)
+    model = run.result(notes=notes)
+    curve: list[Retrieval] = []
+    if proof is not None:
+        curve = measure_retrieval(model, clean, sight, proof)
+        model.config = replace(model.config, retrieval=as_rows(curve))
+    return model, draw_chart(curve, f"{clean.source}, {sight.view.name}, {settings.steps} steps", losses)
+
+
+class Live:
+    """The chart on the node while it learns. Retrieval is measured as often as ``LIVE_SHARE`` of the time allows."""
+
+    def __init__(self, run: Finetuning, clean: CleanCLIP, proof: ImageSet | None, text: host.NodeText) -> None:
+        self.run, self.clean, self.text = run, clean, text
+        self.proof = proof and proof.first(LIVE_PICTURES)
+        self.every = max(1, run.settings.steps // 20)
+        self.bar = comfy.utils.ProgressBar(run.settings.steps)
+        self.curve: list[Retrieval] = []
+        self.next = self.told = time.monotonic()
+
+    def show(self, progress: Progress, losses: list[float]) -> None:
+        """After every step: the bar; about twenty times the chart; every second the numbers."""
+        preview = None
+        if progress.step % self.every == 0:
+            self._measure()
+            preview = ("JPEG", draw_chart(self.curve, f"step {progress.step} of {progress.steps}", losses), 1024)
+        self.bar.update_absolute(progress.step, progress.steps, preview)
+        if preview or time.monotonic() > self.told + 1:
+            self.told = time.monotonic()
+            self.text.say(progress_line(progress, self.curve))
+
+    def _measure(self) -> None:
+        begun = time.monotonic()
+        if self.proof is not None and begun >= self.next:
+            self.curve = measure_retrieval(self.run.model, self.clean, self.run.sight, self.proof, LIVE_TIMESTEPS)
+            self.next = time.monotonic() + (time.monotonic() - begun) / LIVE_SHARE
+
+
+def learn(run: Finetuning, live: Live, notes: dict[str, str]) -> list[float]:
+    """The losses of all steps. A cancelled run keeps what it has learned in a file."""
+    losses: list[float] = []
+    try:
+        for progress in run.steps():
+            losses.append(progress.loss)
+            live.show(progress, losses)
+            mm.throw_exception_if_processing_interrupted()
+    except mm.InterruptProcessingException:
+        if run.step:
+            name = f"cancelled_{time.strftime('%Y%m%d_%H%M%S')}_step_{run.step}"
+            model = run.result(notes={**notes, "steps": f"{run.step} of {run.settings.steps}"})
+            log.info("Cancelled. What was learned so far is in %s.", keep(model, name, True, {}))
+        raise
+    return losses
+
+
+def progress_line(progress: Progress, curve: list[Retrieval]) -> str:
+    """What the node shows while it learns."""
+    left = f"{progress.seconds_left / 60:.0f} min" if progress.seconds_left > 90 else f"{progress.seconds_left:.0f} s"
+    lines = [f"loss {progress.loss:.2f}, {progress.images_per_second:.0f} images/s, {left} left"]
+    return "\n".join(lines + retrieval_lines(as_rows(curve)))
+
+
+def keep(encoder: NoisyCLIP, name: str, half: bool, said: dict[str, str]) -> Path:
+    """Writes an encoder to models/noisy_clip under a name that is free. Raises ValueError for names that are none."""
+    if not re.fullmatch(r"[\w][\w .()+-]*", name):
+        raise ValueError(
+            f'Got the name "{name}"; wanted a plain file name of letters, digits, spaces, "_", "-" and ".".'
+        )
+    folder = host.download_folder("noisy_clip")
+    folder.mkdir(parents=True, exist_ok=True)
+    number, path = 1, folder / f"{name}.safetensors"
+    while path.exists():
+        number += 1
+        path = folder / f"{name}_{number:02d}.safetensors"
+    notes = encoder.config.notes
+    try:
+        encoder.config = replace(encoder.config, notes={**notes, **said})
+        save_noisy_clip(path, encoder, half=half)
+    finally:
+        encoder.config = replace(encoder.config, notes=notes)
+    return path
+
+
+def as_host_image(picture: Image.Image) -> Tensor:
+    """IMAGE (1, H, W, 3) in 0..1."""
+    return torch.from_numpy(np.asarray(picture).copy()).float()[None] / 255
