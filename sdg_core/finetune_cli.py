@@ -1,0 +1,308 @@
+"""`sdg finetune` and `sdg evaluate noisy-clip`: a noisy CLIP from a folder of pictures, and the proof of one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from . import open_clip_models
+from .checkpoint import BUNDLED, load_clip, load_latent_encoder, load_noisy_clip, save_noisy_clip, write_retrieval
+from .clip import CleanCLIP
+from .finetune import LAYERS, TIMESTEPS, Finetuning, Settings, accelerator
+from .images import (
+    PLAIN,
+    Augment,
+    ImageSet,
+    ImageShards,
+    find_images,
+    held_out,
+    is_shards,
+    shard_names,
+)  # fmt: skip
+from .latent_formats import named_view
+from .noisy_clip import NoisyCLIP
+from .retrieval import Retrieval, as_rows, draw_chart, measure_retrieval
+from .sight import Sight
+from .views import LinearView
+from .world import load_renders
+
+AVATARS = "avatars"  # the architecture that means the bundled CLIP
+HELD_OUT_SEED = 17
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What is trained on, what is kept back for measuring (None: nothing), and how many there are of both."""
+
+    training: ImageSet | ImageShards
+    measured: ImageSet | None
+    said: str
+
+
+def add_finetune(commands: argparse._SubParsersAction) -> None:
+    """The parser of `sdg finetune`."""
+    usual = Settings()
+    tune = commands.add_parser("finetune", help="make a noisy CLIP from any CLIP and a folder of pictures, no captions")
+    add_encoder_options(tune)
+    tune.add_argument("--images", required=True, metavar="FOLDER|SHARDS", help="a folder, or WebDataset .tar shards")
+    tune.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
+    tune.add_argument("--steps", type=int, default=usual.steps)
+    tune.add_argument("--batch-size", type=int, default=usual.batch_size, help="of all processes together")
+    tune.add_argument("--micro-batch", type=int, default=0, help="pictures that go forward together; 0: all")
+    tune.add_argument("--learning-rate", type=float, default=usual.learning_rate)
+    tune.add_argument("--weight-decay", type=float, default=usual.weight_decay)
+    tune.add_argument("--warmup", type=float, default=usual.warmup, help="part of the steps")
+    tune.add_argument(
+        "--ema", type=float, default=usual.ema, help="decay of the averaged weights, which are the result"
+    )
+    tune.add_argument("--cosine-weight", type=float, default=usual.cosine_weight, help="of 1 - cosine beside InfoNCE")
+    tune.add_argument("--layers", choices=LAYERS, default=usual.layers, help="what learns")
+    tune.add_argument("--timesteps", choices=TIMESTEPS, default=usual.timesteps, help="how t is drawn")
+    tune.add_argument("--crop", type=float, default=0.7, help="least part of the area that a crop keeps; 1: no crops")
+    tune.add_argument("--no-flip", action="store_true", help="never mirror pictures")
+    tune.add_argument(
+        "--vae", type=Path, help="with a linear view: a TAESD encoder for half of the pictures; or avatars"
+    )
+    tune.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="of the forward pass")
+    tune.add_argument("--workers", type=int, default=2, help="processes that read pictures")
+    tune.add_argument("--held-out", type=int, default=1000, help="pictures kept back to measure retrieval on")
+    tune.add_argument("--save-every", type=int, default=500, help="steps between the states that --resume finds")
+    tune.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    tune.add_argument("--force", action="store_true", help="replace an existing file")
+    tune.add_argument("--half", action="store_true", help="write float16 weights")
+    tune.add_argument("--seed", type=int, default=0)
+    tune.add_argument("--dataset-name", default="", help="kept in the file; default: the folder's name")
+    tune.add_argument("--licence", default="", help="kept in the file")
+    tune.set_defaults(run=run_finetune)
+
+
+def add_encoder_options(parser: argparse.ArgumentParser) -> None:
+    """Which clean CLIP, which view."""
+    parser.add_argument("--arch", default="RN50", help=f'open_clip\'s name, or "{AVATARS}" for the bundled CLIP')
+    parser.add_argument("--pretrained", default="openai", metavar="TAG|FILE", help="its weights; not read for avatars")
+    parser.add_argument("--view", default="pixels", help='what the diffusion model draws: "pixels", or as linear:SD15')
+    parser.add_argument("--size", type=int, default=0, help="side of its pictures or latents; 0: the CLIP's own size")
+    parser.add_argument("--comfyui", type=Path, help="where the factors of linear views are read")
+
+
+def add_evaluate(evaluate: argparse.ArgumentParser) -> None:
+    """The parser of `sdg evaluate noisy-clip`."""
+    kinds = evaluate.add_subparsers(metavar="noisy-clip")
+    proof = kinds.add_parser("noisy-clip", help="retrieval under noise of a noisy CLIP, beside the clean one")
+    proof.add_argument("file", type=Path)
+    proof.add_argument(
+        "--images", required=True, metavar="FOLDER",
+        help=f'pictures that it was not trained on; "{AVATARS}": the held-out renders that come with the pack',
+    )  # fmt: skip
+    proof.add_argument("--arch", help="of the clean CLIP; default: what the file says")
+    proof.add_argument("--pretrained", metavar="TAG|FILE", help="of the clean CLIP; default: what the file says")
+    proof.add_argument("--comfyui", type=Path, help="where the factors of linear views are read")
+    proof.add_argument("--samples", type=int, default=1000, help="at most so many pictures")
+    proof.add_argument("--seed", type=int, default=0)
+    proof.add_argument("--chart", type=Path, help="default: FILE with .png")
+    proof.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    proof.add_argument("--no-write", action="store_true", help="leave the file's metadata as it is")
+    proof.set_defaults(run=run_evaluate_noisy_clip)
+
+
+def run_finetune(args: argparse.Namespace) -> None:
+    """`sdg finetune`: trains, saves the file, and a chart of its retrieval beside it."""
+    fields = ("steps", "batch_size", "micro_batch", "learning_rate", "weight_decay", "warmup", "ema", "cosine_weight",
+              "layers", "timesteps", "seed")  # fmt: skip
+    settings = Settings(**{name: getattr(args, name) for name in fields})
+    check_output(args.out, args.force or args.resume)
+    clean = load_clean(args.arch, args.pretrained)
+    sight = sight_of(args, clean)
+    pictures = open_pictures(args, max(sight.picture_size, clean.noise_size))
+    run = Finetuning(clean, sight, pictures.training, settings, accelerator(precision=args.precision), args.workers)
+    states = args.out.with_suffix(".training")
+    if args.resume:
+        run.resume(states)
+    losses = train(run, states, args.save_every, pictures.said)
+    if losses is None:
+        message = (
+            f"Stopped after step {run.step} of {settings.steps}, and saved. To go on: the same command with --resume"
+        )
+        print(message, file=sys.stderr)
+        raise SystemExit(130)
+    if run.accelerator.is_main_process:
+        said = {"processes": run.accelerator.num_processes, "losses": losses}
+        finish(run.result(notes=notes(args, clean, settings.steps)), clean, sight, pictures, args, said)
+        shutil.rmtree(states, ignore_errors=True)
+    run.accelerator.wait_for_everyone()
+
+
+def train(run: Finetuning, states: Path, save_every: int, said: str) -> list[float] | None:
+    """Runs to the end, with a bar, and gives the losses; None where it was interrupted, after saving."""
+    losses, main = [], run.accelerator.is_main_process
+    with (
+        interruptions() as interrupted,
+        tqdm(total=run.settings.steps, initial=run.step, unit="step", disable=not main, desc=said) as bar,
+    ):
+        for progress in run.steps():
+            losses.append(progress.loss)
+            bar.set_postfix_str(f"loss {progress.loss:.3f}, {progress.images_per_second:.0f} images/s", refresh=False)
+            bar.update()
+            stop = run.agreed(interrupted())
+            if stop or (progress.step % save_every == 0 and progress.step < progress.steps):
+                run.save(states)
+            if stop:
+                return None
+    if main and run.skipped:
+        print(f"{len(run.skipped)} pictures could not be read and were skipped.", file=sys.stderr)
+    return losses
+
+
+@contextmanager
+def interruptions() -> Iterator:
+    """While open, Ctrl-C only raises a flag, which the given function reads; a second one ends at once."""
+    asked = []
+
+    def note(*unused) -> None:
+        asked.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def finish(
+    model: NoisyCLIP, clean: CleanCLIP, sight: Sight, pictures: Pictures, args: argparse.Namespace, said: dict
+) -> None:
+    """Measures on what was held out; writes the file, and a chart and the numbers beside it."""
+    curve = []
+    if pictures.measured is not None:
+        curve = measured(model, clean, sight, pictures.measured, args.seed)
+        model.config = replace(model.config, retrieval=as_rows(curve))
+        print(table(curve))
+    draw_chart(curve, args.out.stem, said["losses"]).save(args.out.with_suffix(".png"))
+    numbers = {**said, "retrieval": [asdict(row) for row in curve]}
+    args.out.with_suffix(".json").write_text(json.dumps(numbers, indent=1))
+    save_noisy_clip(args.out, model, half=args.half)
+    print(f"Wrote {args.out.resolve()}")
+
+
+def run_evaluate_noisy_clip(args: argparse.Namespace) -> None:
+    """`sdg evaluate noisy-clip`: a table or JSON, a chart, and the numbers in the file's metadata."""
+    model = load_noisy_clip(args.file)
+    notes = dict(model.config.notes)
+    arch, pretrained = args.arch or notes.get("arch"), args.pretrained or notes.get("pretrained", "")
+    if not arch:
+        raise ValueError(
+            f"{args.file.name} does not say which clean CLIP it was made from. Name it with --arch and --pretrained."
+        )
+    clean = load_clean(arch, pretrained)
+    view = named_view(model.config.view, args.comfyui)
+    sight = Sight(model.noise_size, view)
+    found = bundled_renders() if args.images == AVATARS else find_images(Path(args.images))
+    chosen = random.Random(HELD_OUT_SEED).sample(found, min(args.samples, len(found)))
+    images = ImageSet(chosen, max(sight.picture_size, clean.noise_size), PLAIN)
+    curve = measured(model, clean, sight, images, args.seed)
+    draw_chart(curve, args.file.stem).save(args.chart or args.file.with_suffix(".png"))
+    if not args.no_write and args.file.suffix == ".safetensors":
+        write_retrieval(args.file, as_rows(curve))
+    rows = [asdict(row) for row in curve]
+    print(json.dumps({"n": len(images), "rows": rows}, indent=2) if args.json else table(curve))
+
+
+def bundled_renders() -> list[Tensor]:
+    """The held-out renders that come with the pack, (32, 32, 3) uint8."""
+    renders, _ = load_renders(BUNDLED / "renders.png")
+    return list(((renders + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous())
+
+
+def measured(model: NoisyCLIP, clean: CleanCLIP, sight: Sight, images: ImageSet, seed: int) -> list[Retrieval]:
+    """The curve, with a bar."""
+    with tqdm(desc=f"Retrieval of {len(images)} pictures", unit="t", file=sys.stderr) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        return measure_retrieval(model, clean, sight, images, seed=seed, progress=advance)
+
+
+def table(curve: list[Retrieval]) -> str:
+    """The curve as aligned text."""
+    head = f"{'t':>5} {'noisy @1':>9} {'@5':>6} {'cosine':>7} {'clean @1':>9} {'@5':>6} {'cosine':>7}"
+    return "\n".join([head] + [
+        f"{r.t:5.0f} {r.noisy_at_1:9.3f} {r.noisy_at_5:6.3f} {r.noisy_cosine:7.3f} "
+        f"{r.clean_at_1:9.3f} {r.clean_at_5:6.3f} {r.clean_cosine:7.3f}" for r in curve
+    ])  # fmt: skip
+
+
+def load_clean(arch: str, pretrained: str) -> CleanCLIP:
+    """The bundled CLIP, a file of weights, or one by open_clip's tag (downloaded once)."""
+    if arch == AVATARS:
+        return load_clip()
+    open_clip_models.check_architecture(arch)
+    if Path(pretrained).is_file():
+        return open_clip_models.load_file(arch, Path(pretrained))
+    return open_clip_models.download(arch, pretrained)
+
+
+def sight_of(args: argparse.Namespace, clean: CleanCLIP) -> Sight:
+    """What the encoder will look at."""
+    view = named_view(args.view, args.comfyui)
+    size = args.size or clean.noise_size
+    if args.vae is None:
+        return Sight(size, view)
+    if not isinstance(view, LinearView):
+        raise ValueError("A VAE is of use with a linear view only. Leave --vae out, or choose --view linear:...")
+    path = BUNDLED / "latent" / "autoencoder.safetensors" if str(args.vae) == AVATARS else args.vae
+    return Sight(size, view, *load_latent_encoder(path))
+
+
+def open_pictures(args: argparse.Namespace, size: int) -> Pictures:
+    """Training and held-out pictures of the size that the encoders want."""
+    augment = Augment(args.crop, not args.no_flip)
+    if is_shards(args.images):
+        names = shard_names(args.images)
+        return Pictures(ImageShards(names, size, augment, args.seed), None, f"{len(names)} shards")
+    files = find_images(Path(args.images))
+    kept, measured_on = held_out(len(files), args.held_out, HELD_OUT_SEED)
+    training = ImageSet([files[i] for i in kept], size, augment, args.seed)
+    proof = ImageSet([files[i] for i in measured_on], size, PLAIN) if len(measured_on) > 1 else None
+    return Pictures(training, proof, f"{len(kept)} pictures, {len(measured_on)} held out")
+
+
+def notes(args: argparse.Namespace, clean: CleanCLIP, steps: int) -> dict[str, str]:
+    """What the file says about itself."""
+    weights = "" if args.arch == AVATARS else Path(args.pretrained).name
+    return {
+        "base": clean.source, "arch": args.arch, "pretrained": weights, "licence": args.licence,
+        "dataset": args.dataset_name or Path(args.images).name, "steps": str(steps), "batch_size": str(args.batch_size),
+        "seed": str(args.seed),
+    }  # fmt: skip
+
+
+def check_output(path: Path, replace_it: bool) -> None:
+    """Before hours of training: raises ValueError where the result could not be written."""
+    if path.suffix != ".safetensors":
+        raise ValueError(f"Got the output {path}; wanted a name that ends in .safetensors.")
+    if path.exists() and not replace_it:
+        raise ValueError(f"{path} exists. Choose another name, or replace it with --force.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{path.parent} can't be written ({os.strerror(error.errno or 0)}). Choose another --out."
+        ) from error
