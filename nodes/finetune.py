@@ -240,13 +240,13 @@ def finetuned(
     precision = "bf16" if device.type == "cuda" and mm.should_use_bf16(device) else "no"
     run = Finetuning(clean, sight, training, settings, accelerator(device.type == "cpu", precision))
     notes = {"base": clean.source, "steps": str(settings.steps), "batch_size": str(settings.batch_size)}
-    losses = learn(run, Live(run, clean, proof, text), notes)
+    learn(run, Live(run, clean, proof, text), notes)
     model = run.result(notes=notes)
     curve: list[Retrieval] = []
     if proof is not None:
         curve = measure_retrieval(model, clean, sight, proof)
         model.config = replace(model.config, retrieval=as_rows(curve))
-    return model, draw_chart(curve, f"{clean.source}, {sight.view.name}, {settings.steps} steps", losses)
+    return model, draw_chart(curve, f"{clean.source}, {sight.view.name}, {settings.steps} steps", run.losses)
 
 
 class Live:
@@ -260,12 +260,16 @@ class Live:
         self.curve: list[Retrieval] = []
         self.next = self.told = time.monotonic()
 
-    def show(self, progress: Progress, losses: list[float]) -> None:
+    def show(self, progress: Progress) -> None:
         """After every step: the bar; about twenty times the chart; every second the numbers."""
         preview = None
         if progress.step % self.every == 0:
             self._measure()
-            preview = ("JPEG", draw_chart(self.curve, f"step {progress.step} of {progress.steps}", losses), 1024)
+            preview = (
+                "JPEG",
+                draw_chart(self.curve, f"step {progress.step} of {progress.steps}", self.run.losses),
+                1024,
+            )
         self.bar.update_absolute(progress.step, progress.steps, preview)
         if preview or time.monotonic() > self.told + 1:
             self.told = time.monotonic()
@@ -278,13 +282,11 @@ class Live:
             self.next = time.monotonic() + (time.monotonic() - begun) / LIVE_SHARE
 
 
-def learn(run: Finetuning, live: Live, notes: dict[str, str]) -> list[float]:
-    """The losses of all steps. A cancelled run keeps what it has learned in a file."""
-    losses: list[float] = []
+def learn(run: Finetuning, live: Live, notes: dict[str, str]) -> None:
+    """All steps. A cancelled run keeps what it has learned in a file."""
     try:
         for progress in run.steps():
-            losses.append(progress.loss)
-            live.show(progress, losses)
+            live.show(progress)
             mm.throw_exception_if_processing_interrupted()
     except mm.InterruptProcessingException:
         if run.step:
@@ -292,7 +294,6 @@ def learn(run: Finetuning, live: Live, notes: dict[str, str]) -> list[float]:
             model = run.result(notes={**notes, "steps": f"{run.step} of {run.settings.steps}"})
             log.info("Cancelled. What was learned so far is in %s.", keep(model, name, True, {}))
         raise
-    return losses
 
 
 def progress_line(progress: Progress, curve: list[Retrieval]) -> str:

@@ -68,7 +68,10 @@ def _replaced(path: Path) -> Iterator[Path]:
         raise FileNotFoundError(f"There is no folder {path.parent} for {path.name}. Make it, or choose another.")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         yield part
+        part.chmod(mode)  # safetensors makes files that only their owner may read
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         raise ValueError(

@@ -199,7 +199,7 @@ class Finetuning:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)  # the time embedding starts at random
             self.model = from_clean(clean, **sight.config()).to(accelerator.device)
-        self.step, self.skipped = 0, set()
+        self.step, self.losses, self.skipped = 0, [], set()
         self.trained = freeze_but(self.model, settings.layers)
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), lr=settings.learning_rate, betas=(0.9, 0.98), eps=1e-6,
@@ -218,6 +218,11 @@ class Finetuning:
         processes, batch = self.accelerator.num_processes, self.settings.batch_size
         if batch % processes:
             raise ValueError(f"A batch of {batch} can't be shared by {processes} processes. Choose a multiple.")
+        if isinstance(self.images, ImageShards) and len(self.images.names) < processes:
+            raise ValueError(
+                f"Got {len(self.images.names)} shards for {processes} processes; wanted one or more for each. "
+                "Split the data into more shards, or start fewer processes."
+            )
         if isinstance(self.images, ImageSet) and len(self.images) < batch:
             raise ValueError(
                 f"Got {len(self.images)} pictures for a batch of {batch}; wanted at least as many, since no picture "
@@ -229,12 +234,14 @@ class Finetuning:
         begun, first = time.monotonic(), self.step
         for batch in self._batches():
             self._note_unreadable(batch)
-            info_nce, cosine = self._learn(batch)
+            info_nce, cosine = self.learn(batch)
+            loss = info_nce + self.settings.cosine_weight * (1 - cosine)
+            self.losses.append(loss)
             self.step += 1
             rate = (self.step - first) / (time.monotonic() - begun)
             yield Progress(
-                self.step, self.settings.steps, info_nce + self.settings.cosine_weight * (1 - cosine), info_nce, cosine,
-                rate * self.settings.batch_size, (self.settings.steps - self.step) / rate,
+                self.step, self.settings.steps, loss, info_nce, cosine, rate * self.settings.batch_size,
+                (self.settings.steps - self.step) / rate,
             )  # fmt: skip
 
     def _batches(self) -> Iterator[Batch]:
@@ -246,8 +253,9 @@ class Finetuning:
             loader = DataLoader(self.images, batch_sampler=draws, **options)
             yield from self.accelerator.prepare_data_loader(loader, device_placement=False)
             return
-        share = s.batch_size // self.accelerator.num_processes  # shards are split over processes by webdataset
-        loader = iter(DataLoader(self.images, batch_size=share, **options))
+        processes = self.accelerator.num_processes
+        options["num_workers"] = min(workers, len(self.images.names) // processes)  # each reads shards of its own
+        loader = iter(DataLoader(self.images, batch_size=s.batch_size // processes, **options))
         for _ in range(self.step):
             next(loader)
         for _ in left:
@@ -258,7 +266,7 @@ class Finetuning:
             log.warning("Skipped %s: Pillow can't read it.", name)
             self.skipped.add(name)
 
-    def _learn(self, batch: Batch) -> tuple[float, float]:
+    def learn(self, batch: Batch) -> tuple[float, float]:
         """One step of the optimizer; InfoNCE and cosine, over all processes."""
         picture = batch.picture.to(self.accelerator.device).float() / 127.5 - 1
         clean = self.teacher(batch, picture)
@@ -343,7 +351,7 @@ class Finetuning:
         partial = done.with_suffix(".partial")
         self.accelerator.save_state(str(partial))
         if self.accelerator.is_main_process:
-            (partial / "settings.json").write_text(json.dumps({**asdict(self.settings), "step": self.step}))
+            (partial / "settings.json").write_text(json.dumps({**asdict(self.settings), "losses": self.losses}))
             shutil.rmtree(done, ignore_errors=True)
             partial.rename(done)
             for other in folder.glob("step-*"):
@@ -360,14 +368,14 @@ class Finetuning:
         if not states:
             raise FileNotFoundError(f"There is nothing to resume in {folder}. Start without --resume.")
         kept = json.loads((states[-1] / "settings.json").read_text())
-        step = kept.pop("step")
+        losses = kept.pop("losses")
         other = [f"{k}: {v} then, {asdict(self.settings).get(k)} now" for k, v in kept.items()
                  if asdict(self.settings).get(k) != v]  # fmt: skip
         if other:
             raise ValueError(f"The run in {folder} had other settings ({'; '.join(other)}). Resume with the same ones.")
         self.accelerator.load_state(str(states[-1]))
-        self.step = step
-        return step
+        self.step, self.losses = len(losses), losses
+        return self.step
 
 
 def warm_cosine(step: int, settings: Settings) -> float:

@@ -131,39 +131,37 @@ def run_finetune(args: argparse.Namespace) -> None:
     states = args.out.with_suffix(".training")
     if args.resume:
         run.resume(states)
-    losses = train(run, states, args.save_every, pictures.said)
-    if losses is None:
+    if not train(run, states, args.save_every, pictures.said):
         message = (
             f"Stopped after step {run.step} of {settings.steps}, and saved. To go on: the same command with --resume"
         )
         print(message, file=sys.stderr)
         raise SystemExit(130)
     if run.accelerator.is_main_process:
-        said = {"processes": run.accelerator.num_processes, "losses": losses}
+        said = {"processes": run.accelerator.num_processes, "losses": run.losses}
         finish(run.result(notes=notes(args, clean, settings.steps)), clean, sight, pictures, args, said)
         shutil.rmtree(states, ignore_errors=True)
     run.accelerator.wait_for_everyone()
 
 
-def train(run: Finetuning, states: Path, save_every: int, said: str) -> list[float] | None:
-    """Runs to the end, with a bar, and gives the losses; None where it was interrupted, after saving."""
-    losses, main = [], run.accelerator.is_main_process
+def train(run: Finetuning, states: Path, save_every: int, said: str) -> bool:
+    """Runs to the end, with a bar: True. Where it is interrupted it saves and gives False."""
+    main = run.accelerator.is_main_process
     with (
         interruptions() as interrupted,
         tqdm(total=run.settings.steps, initial=run.step, unit="step", disable=not main, desc=said) as bar,
     ):
         for progress in run.steps():
-            losses.append(progress.loss)
             bar.set_postfix_str(f"loss {progress.loss:.3f}, {progress.images_per_second:.0f} images/s", refresh=False)
             bar.update()
             stop = run.agreed(interrupted())
             if stop or (progress.step % save_every == 0 and progress.step < progress.steps):
                 run.save(states)
             if stop:
-                return None
+                return False
     if main and run.skipped:
         print(f"{len(run.skipped)} pictures could not be read and were skipped.", file=sys.stderr)
-    return losses
+    return True
 
 
 @contextmanager

@@ -108,18 +108,19 @@ class ImageSet(Dataset):
 class ImageShards(IterableDataset):
     """A stream of Samples from WebDataset shards (tar files), split over processes and workers, shuffled by seed.
 
-    ``urls`` as webdataset reads them: a path, a brace pattern, a list. Passes over the shards without end.
+    ``names`` of single shards, as ``shard_names`` gives them. Passes over them without end. There must be at least one
+    for every process and worker.
     """
 
-    def __init__(self, urls: str | Sequence[str], size: int, augment: Augment, seed: int = 0, shuffle: bool = True):
-        self.urls, self.size, self.augment, self.seed, self.shuffle = urls, size, augment, seed, shuffle
+    def __init__(self, names: Sequence[str], size: int, augment: Augment, seed: int = 0, shuffle: bool = True):
+        self.names, self.size, self.augment, self.seed, self.shuffle = list(names), size, augment, seed, shuffle
 
     def __iter__(self) -> Iterator[Sample]:
         import webdataset
 
         for passed in itertools.count():
             stream = webdataset.WebDataset(
-                self.urls, shardshuffle=1000 if self.shuffle else False, seed=self.seed + passed, empty_check=False,
+                self.names, shardshuffle=1000 if self.shuffle else False, seed=self.seed + passed, empty_check=False,
                 nodesplitter=webdataset.split_by_node, handler=webdataset.warn_and_continue,
             )  # fmt: skip
             if self.shuffle:
@@ -130,7 +131,7 @@ class ImageShards(IterableDataset):
                 yield sample
             if not drawn:
                 raise ValueError(
-                    f"The shards {self.urls} hold no picture that can be read. Wanted: tar files of pictures."
+                    f"{self.names[0]} and its kin hold no picture that can be read. Wanted: tars of pictures."
                 )
 
     def _samples(self, stream, passed: int) -> Iterator[Sample]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from .clip import CleanCLIP, unit
 from .images import ImageSet, mixed
 from .noisy_clip import NoisyCLIP
 from .sight import Sight
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 TIMESTEPS = (0, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
 BATCH = 64
@@ -110,21 +114,27 @@ def draw_chart(curve: Sequence[Retrieval], title: str, losses: Sequence[float] =
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9 if losses else 6, 4), dpi=100, layout="constrained")
+    figure = Figure(figsize=(9 if curve and losses else 6, 4), dpi=100, layout="constrained")
     figure.suptitle(title)
-    plots = figure.subplots(1, 2 if losses else 1, squeeze=False)[0]
+    plots = iter(figure.subplots(1, bool(curve) + bool(losses) or 1, squeeze=False)[0])
+    if curve:
+        _plot_curve(next(plots), curve)
+    if losses:
+        plot = next(plots)
+        plot.plot(range(1, len(losses) + 1), losses, color="tab:orange", linewidth=1)
+        plot.set(xlabel="step", ylabel="loss")
+        plot.grid(alpha=0.3)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def _plot_curve(plot: Axes, curve: Sequence[Retrieval]) -> None:
     t = [row.t for row in curve]
     for name, colour in (("noisy", "tab:blue"), ("clean", "tab:gray")):
         for k, line in ((1, "-"), (5, "--")):
             values = [getattr(row, f"{name}_at_{k}") for row in curve]
-            plots[0].plot(t, values, line, color=colour, label=f"{name} CLIP @{k}")
-    plots[0].set(xlabel="t", ylabel="retrieval", ylim=(0, 1.02), xlim=(0, 999))
-    plots[0].legend()
-    plots[0].grid(alpha=0.3)
-    if losses:
-        plots[1].plot(range(1, len(losses) + 1), losses, color="tab:orange", linewidth=1)
-        plots[1].set(xlabel="step", ylabel="loss")
-        plots[1].grid(alpha=0.3)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+            plot.plot(t, values, line, color=colour, label=f"{name} CLIP @{k}")
+    plot.set(xlabel="t", ylabel="retrieval", ylim=(0, 1.02), xlim=(0, 1000))
+    plot.legend()
+    plot.grid(alpha=0.3)

@@ -81,9 +81,9 @@ class ADMDenoiser:
 
     def sigmas(self, steps: int) -> Tensor:
         """The sampler's noise levels, (steps + 1,): ComfyUI's "normal" schedule, or a straight line for the flow."""
-        return (
-            torch.linspace(1, 0, steps + 1) if self.convention is Convention.FLOW else normal_sigmas(self.table, steps)
-        )
+        if self.convention is Convention.FLOW:
+            return torch.arange(steps, -1, -1) / steps  # to the bit as the host's
+        return normal_sigmas(self.table, steps)
 
     def initial(self, noise: Tensor, sigmas: Tensor) -> Tensor:
         """x at the first sigma, from unit noise."""

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -286,6 +287,20 @@ def test_an_ended_run_resumes_to_the_uninterrupted_result(folder, tmp_path, kind
     print(f"weights {off:.1e} apart")
     assert off < 1e-6
     assert not out.with_suffix(".training").exists()
+
+
+def test_shards_are_trained_on(folder, tmp_path, capsys):
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"data-{shard}.tar", "w") as tar:
+            for file in sorted(folder.rglob("*.png"))[shard::2]:
+                tar.add(file, file.name)
+    out = tmp_path / "out.safetensors"
+    pattern = str(tmp_path / "data-{0..1}.tar")
+    completed(launch([*arguments(folder, out, "--images", pattern, "--precision", "bf16"), "--workers", "2"]))
+    config = load_noisy_clip(out).config
+    assert config.retrieval == ()
+    assert len(json.loads(out.with_suffix(".json").read_text())["losses"]) == 6
+    refused(capsys, arguments(folder, tmp_path / "b.safetensors", "--images", str(tmp_path / "data-9.tar")), "no shard")
 
 
 def test_the_file_says_what_it_is(folder, tmp_path):

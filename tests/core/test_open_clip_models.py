@@ -227,7 +227,10 @@ def test_the_architecture_says_how_pictures_are_normalised(
     wanted = clip.encode_image(normalised(picture := draw(1, 3, SIZES[stand_in], SIZES[stand_in]), mean, std))
     monkeypatch.setattr(open_clip, "create_model", lambda *args, **kw: asked.append((args, kw)) or clip)
     model = download(architecture, tag, tmp_path)
-    assert asked == [((architecture,), {"pretrained": tag, "cache_dir": str(tmp_path)})]
+    quick = tag == "openai"  # whose weights were trained with that activation
+    asked_for = {"pretrained": tag, "cache_dir": str(tmp_path), "force_quick_gelu": quick}
+    assert asked == [((architecture,), asked_for)]
+    assert model.config["quick_gelu"] == quick
     assert_close(model(picture, torch.zeros(1), model.full_depth).embed, wanted)
     if architecture == "ViT-B-16-SigLIP":
         torch.testing.assert_close(model.prepare(picture), picture, rtol=0, atol=1e-5)

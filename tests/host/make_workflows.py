@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from sdg_core.guidance import DEFAULT_INTERVAL, DEFAULT_SCALE, StructureGuidance, StyleGuidance  # noqa: E402
+from sdg_core.world import NOISY_INTERVAL, NOISY_SCALE  # noqa: E402
 
 STRUCTURE_LAYERS, STYLE_LAYERS = (",".join(map(str, kind.layers)) for kind in (StructureGuidance, StyleGuidance))
 BUNDLED = "avatars (bundled)"
@@ -33,6 +34,12 @@ SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         ],
         [("LATENT", "LATENT")],
     ),
+    "SDGLoadCLIP": ([], [("NOISY_CLIP", "NOISY_CLIP")]),
+    "SDGFinetuneNoisyCLIP": (
+        [("clip", "NOISY_CLIP"), ("images", "IMAGE"), ("model", "MODEL"), ("vae", "VAE")],
+        [("NOISY_CLIP", "NOISY_CLIP"), ("IMAGE", "IMAGE")],
+    ),
+    "SDGSaveNoisyCLIP": ([("noisy_clip", "NOISY_CLIP")], []),
     "SDGLoadAutoencoder": ([], [("VAE", "VAE")]),
     "EmptyImage": ([], [("IMAGE", "IMAGE")]),
     "VAEEncode": ([("pixels", "IMAGE"), ("vae", "VAE")], [("LATENT", "LATENT")]),
@@ -47,7 +54,7 @@ SIZES = {
     "SDGTextGuidance": (340, 230), "SDGContentGuidance": (340, 150), "SDGStructureGuidance": (340, 180),
     "SDGStyleGuidance": (340, 210), "SDGCombineGuidance": (340, 220), "SDGGuidedKSampler": (320, 360),
     "VAEDecode": (300, 60), "ImageScale": (300, 140), "PreviewImage": (300, 300), "SaveImage": (560, 640),
-    "Note": (340, 190),
+    "Note": (340, 190), "SDGFinetuneNoisyCLIP": (360, 620), "SDGSaveNoisyCLIP": (300, 200),
 }  # fmt: skip
 NOTES = ("Note", "MarkdownNote")
 
@@ -241,13 +248,14 @@ def latent_text_example() -> None:
     note = (
         "Guidance of a latent model, as with SD, SDXL, SD3 or Flux: a flow model on 4-channel latents.\n\nThe noisy "
         "CLIP was made for the linear picture of these latents, so nothing is decoded while sampling. Load CLIP works "
-        "too: then the model's estimate is read."
+        "too: then the model's estimate is read.\n\nThe text's scale is higher than for pixel models, and it acts "
+        "longer: a latent model's run starts at less noise."
     )
     graph.add("Note", "About", (0, 430), [note])
     graph.group("Sample under a text", 380, -80, 1740, 840)
     guidance = graph.add(
         "SDGTextGuidance", "Text Guidance (SDG)", (400, 0),
-        ["a person with glasses and blue background", *settings("text")], noisy_clip=clip,
+        ["a person with glasses and blue background", NOISY_SCALE["text"], *NOISY_INTERVAL["text"]], noisy_clip=clip,
     )  # fmt: skip
     canvas = graph.add("EmptyImage", "Empty Image", (400, 300), [32, 32, 4, 0])
     latent = graph.add("VAEEncode", "VAE Encode", (800, 440), [], pixels=canvas, vae=vae)
@@ -261,7 +269,53 @@ def latent_text_example() -> None:
     graph.save("latent_text")
 
 
+def finetune_example() -> None:
+    graph = Graph()
+    graph.group("Models", -20, -80, 380, 960)
+    adm = graph.add("SDGLoadADM", "Load ADM (SDG)", (0, 0), [BUNDLED])
+    clip = graph.add("SDGLoadCLIP", "Load CLIP (SDG)", (0, 140), [BUNDLED, "RN50", ""])
+    vae = graph.add("VAELoader", "Load VAE: pixel_space", (0, 340), ["pixel_space"])
+    note = (
+        "Teaches a clean CLIP to read noise, on pictures that the diffusion model draws itself, and guides with the "
+        "result.\n\nThis is a trial of a minute or two. For a real one, give a folder of a few thousand pictures, and "
+        "1,000 steps or more. Save Noisy CLIP keeps the result; it is switched off here (Ctrl-M switches it on)."
+    )
+    graph.add("Note", "About", (0, 500), [note])
+    graph.group("1. Pictures to learn from", 380, -80, 740, 760)
+    empty = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (400, 420), [32, 32, 64])
+    widgets = [7, "fixed", 10, 1.0, "dpmpp_2m", "karras", 1.0, "absolute", 1.0]
+    drawn = graph.add(
+        "SDGGuidedKSampler", "Unguided: no guidance connected", (400, 0), widgets, model=adm, latent_image=empty
+    )
+    images = graph.add("VAEDecode", "VAE Decode", (760, 0), [], samples=drawn, vae=vae)
+    graph.group("2. Fine-tune", 1140, -80, 740, 960)
+    tuned = graph.add(
+        "SDGFinetuneNoisyCLIP", "Fine-tune Noisy CLIP (SDG)", (1160, 0),
+        [50, 32, 64, 0.0003, "all", "angle", 0, 0, ""], clip=clip, images=images, model=adm,
+    )  # fmt: skip
+    graph.add("PreviewImage", "Found again under noise", (1560, 0), [], images=tuned)
+    graph.add(
+        "SDGSaveNoisyCLIP", "Save Noisy CLIP (SDG)", (1560, 360), ["avatars_trial", "", "", True], noisy_clip=tuned
+    )
+    graph.nodes[-1]["mode"] = 2  # muted
+    graph.group("3. Guide with it", 1900, -80, 1740, 840)
+    guidance = graph.add(
+        "SDGTextGuidance", "Text Guidance (SDG)", (1920, 0),
+        ["a person with glasses and blue background", *settings("text")], noisy_clip=tuned,
+    )  # fmt: skip
+    four = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (2320, 420), [32, 32, 4])
+    widgets = [0, "fixed", 50, 1.0, "euler", "normal", 1.0, "absolute", 1.0]
+    samples = graph.add(
+        "SDGGuidedKSampler", "Guided KSampler (SDG)", (2320, 0), widgets,
+        model=adm, latent_image=four, guidance=guidance,
+    )  # fmt: skip
+    image = graph.add("VAEDecode", "VAE Decode", (2680, 0), [], samples=samples, vae=vae)
+    enlarged(graph, image, (2680, 100), "finetune")
+    graph.save("finetune")
+
+
 if __name__ == "__main__":
+    finetune_example()
     latent_text_example()
     text_example()
     content_example()

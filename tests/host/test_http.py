@@ -35,6 +35,7 @@ spec.loader.exec_module(tools)
 FOR_DOWNLOADS = [name for name, workflow in EXAMPLES.items() if tools.needs_download(workflow)]
 BUNDLED = [name for name in EXAMPLES if name not in FOR_DOWNLOADS]
 LATENT = ["latent_text"]
+TRAINING = ["finetune"]
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,7 @@ def test_latent_example_gives_the_cores_picture(server, info):
     assert off.max() <= 1
 
 
-@pytest.mark.parametrize("name", [name for name in BUNDLED if name not in LATENT])
+@pytest.mark.parametrize("name", [name for name in BUNDLED if name not in (*LATENT, *TRAINING)])
 def test_example_gives_the_cores_picture(server, info, evaluate, name):
     prompt = tools.to_prompt(EXAMPLES[name], info)
     files = server.pictures(server.run(prompt))

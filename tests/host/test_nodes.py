@@ -16,6 +16,7 @@ IDS = {
     "SDGLoadNoisyCLIP", "SDGLoadADM", "SDGEmptyPixelLatent", "SDGTextGuidance", "SDGContentGuidance",
     "SDGStructureGuidance", "SDGStyleGuidance", "SDGCombineGuidance", "SDGGuidedKSampler", "SDGApplyGuidance",
     "SDGPaperSampler", "SDGLoadCLIP", "SDGEncoderCrossfade", "SDGLoadAutoencoder", "SDGGuidanceFrames",
+    "SDGFinetuneNoisyCLIP", "SDGSaveNoisyCLIP",
 }  # fmt: skip
 
 
@@ -28,7 +29,7 @@ def test_every_node_explains_itself(pack, node_id):
     schema = pack.nodes[node_id].GET_SCHEMA()
     assert schema.description
     assert schema.display_name.endswith("(SDG)")
-    assert schema.category in ("SDG/loaders", "SDG/guidance", "SDG/sampling")
+    assert schema.category in ("SDG/loaders", "SDG/guidance", "SDG/sampling", "SDG/training")
     assert (ROOT / f"web/docs/{node_id}.md").read_text().startswith("# ")
     for part in (*schema.inputs, *schema.outputs):
         assert part.tooltip, part.id
