@@ -101,12 +101,9 @@ def as_rows(curve: Sequence[Retrieval]) -> tuple[tuple[float, ...], ...]:
 def retrieval_lines(rows: Sequence[Sequence[float]]) -> list[str]:
     """``NoisyCLIPConfig.retrieval`` in a few words; nothing where nothing was measured."""
     few = [row for row in rows if row[0] in (300, 500, 700)]
-    return ["found again, noisy (clean) CLIP:"][: len(few)] + [f"t {t:.0f}: {a:.0%} ({b:.0%})" for t, a, b, *_ in few]
-
-
-def from_rows(rows: Sequence[Sequence[float]]) -> list[Retrieval]:
-    """The rows of a file that have all seven numbers."""
-    return [Retrieval(*row) for row in rows if len(row) == 7]
+    if not few:
+        return []
+    return ["found again, noisy (clean) CLIP:", ", ".join(f"t {t:.0f}: {a:.0%} ({b:.0%})" for t, a, b, *_ in few)]
 
 
 def draw_chart(curve: Sequence[Retrieval], title: str, losses: Sequence[float] = ()) -> Image.Image:

@@ -15,7 +15,7 @@ from sdg_core.cli import main
 from sdg_core.finetune_cli import bundled_renders
 from sdg_core.images import PLAIN, ImageSet
 from sdg_core.noisy_clip import NoisyCLIPConfig, from_clean
-from sdg_core.retrieval import Retrieval, _score, as_rows, draw_chart, from_rows, measure_retrieval
+from sdg_core.retrieval import Retrieval, _score, as_rows, draw_chart, measure_retrieval, retrieval_lines
 from sdg_core.sight import Sight
 
 
@@ -84,10 +84,10 @@ def test_one_picture_is_not_enough(images):
         measure_retrieval(from_clean(clean), clean, Sight(32), images.first(1))
 
 
-def test_rows_of_a_file_come_back():
+def test_measured_rows_are_told_in_words_and_cross_over():
     curve = [Retrieval(float(t), 0.9, 0.5, 1.0, 0.7, 0.8, 0.6) for t in (0, 500, 999)]
-    assert from_rows(as_rows(curve)) == curve
-    assert from_rows([(0.0, 0.9, 0.5)]) == []
+    assert retrieval_lines(as_rows(curve))[1] == "t 500: 90% (50%)"
+    assert retrieval_lines([(0.0, 0.9, 0.5)]) == []
     assert NoisyCLIPConfig({}, retrieval=((0, 0.5, 0.9), (100, 0.5, 0.1))).crossover() == 50.0
     assert NoisyCLIPConfig({}, retrieval=((0, 0.5, 0.9, 1, 1, 1, 1), (100, 0.5, 0.1, 1, 1, 1, 1))).crossover() == 50.0
 
