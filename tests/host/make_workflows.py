@@ -291,7 +291,7 @@ def finetune_example() -> None:
     graph.group("2. Fine-tune", 1140, -80, 740, 960)
     tuned = graph.add(
         "SDGFinetuneNoisyCLIP", "Fine-tune Noisy CLIP (SDG)", (1160, 0),
-        [50, 32, 64, 0.0003, "all", "angle", 0, 0, ""], clip=clip, images=images, model=adm,
+        [100, 32, 64, 0.0006, "all", "angle", 0, 0, ""], clip=clip, images=images, model=adm,
     )  # fmt: skip
     graph.add("PreviewImage", "Found again under noise", (1560, 0), [], images=tuned)
     graph.add(
@@ -301,7 +301,7 @@ def finetune_example() -> None:
     graph.group("3. Guide with it", 1900, -80, 1740, 840)
     guidance = graph.add(
         "SDGTextGuidance", "Text Guidance (SDG)", (1920, 0),
-        ["a person with glasses and blue background", *settings("text")], noisy_clip=tuned,
+        ["a person with blue background", *settings("text")], noisy_clip=tuned,
     )  # fmt: skip
     four = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (2320, 420), [32, 32, 4])
     widgets = [0, "fixed", 50, 1.0, "euler", "normal", 1.0, "absolute", 1.0]
