@@ -269,7 +269,8 @@ class Finetuning:
     def learn(self, batch: Batch) -> tuple[float, float]:
         """One step of the optimizer; InfoNCE and cosine, over all processes."""
         picture = batch.picture.to(self.accelerator.device).float() / 127.5 - 1
-        clean = self.teacher(batch, picture)
+        with self.accelerator.autocast():
+            clean = self.teacher(batch, picture)
         noisy, t = self.look(picture, batch.draw.tolist())
         share = self.settings.micro_batch or len(noisy)
         parts = list(zip(noisy.split(share), t.split(share), strict=True))
@@ -351,7 +352,7 @@ class Finetuning:
         partial = done.with_suffix(".partial")
         self.accelerator.save_state(str(partial))
         if self.accelerator.is_main_process:
-            (partial / "settings.json").write_text(json.dumps({**asdict(self.settings), "losses": self.losses}))
+            (partial / "settings.json").write_text(json.dumps({**self._identity(), "losses": self.losses}))
             shutil.rmtree(done, ignore_errors=True)
             partial.rename(done)
             for other in folder.glob("step-*"):
@@ -359,23 +360,35 @@ class Finetuning:
                     shutil.rmtree(other)
         self.accelerator.wait_for_everyone()
 
+    def _identity(self) -> dict[str, Any]:
+        """What a run must have in common with the one that it continues."""
+        images = self.images
+        count = {"shards": len(images.names)} if isinstance(images, ImageShards) else {"pictures": len(images)}
+        view = {"base": self.teacher.clip.source, "view": self.sight.view.name, "size": self.sight.size}
+        return {**asdict(self.settings), **view, **count}
+
     def resume(self, folder: Path) -> int:
         """Continues from the newest complete state in ``folder``; its step.
 
         Raises FileNotFoundError where there is none, ValueError where it belongs to other settings.
         """
-        states = sorted(p for p in folder.glob("step-*") if p.suffix != ".partial")
+        states = kept_states(folder)
         if not states:
             raise FileNotFoundError(f"There is nothing to resume in {folder}. Start without --resume.")
         kept = json.loads((states[-1] / "settings.json").read_text())
         losses = kept.pop("losses")
-        other = [f"{k}: {v} then, {asdict(self.settings).get(k)} now" for k, v in kept.items()
-                 if asdict(self.settings).get(k) != v]  # fmt: skip
+        now = self._identity()
+        other = [f"{name}: {value} then, {now.get(name)} now" for name, value in kept.items() if now.get(name) != value]
         if other:
             raise ValueError(f"The run in {folder} had other settings ({'; '.join(other)}). Resume with the same ones.")
         self.accelerator.load_state(str(states[-1]))
         self.step, self.losses = len(losses), losses
         return self.step
+
+
+def kept_states(folder: Path) -> list[Path]:
+    """The complete states of an interrupted run, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial")
 
 
 def warm_cosine(step: int, settings: Settings) -> float:

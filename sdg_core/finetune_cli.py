@@ -21,7 +21,7 @@ from tqdm import tqdm
 from . import open_clip_models
 from .checkpoint import BUNDLED, load_clip, load_latent_encoder, load_noisy_clip, save_noisy_clip, write_retrieval
 from .clip import CleanCLIP
-from .finetune import LAYERS, TIMESTEPS, Finetuning, Settings, accelerator
+from .finetune import LAYERS, TIMESTEPS, Finetuning, Settings, accelerator, kept_states
 from .images import (
     PLAIN,
     Augment,
@@ -123,12 +123,16 @@ def run_finetune(args: argparse.Namespace) -> None:
     fields = ("steps", "batch_size", "micro_batch", "learning_rate", "weight_decay", "warmup", "ema", "cosine_weight",
               "layers", "timesteps", "seed")  # fmt: skip
     settings = Settings(**{name: getattr(args, name) for name in fields})
+    states = args.out.with_suffix(".training")
     check_output(args.out, args.force or args.resume)
+    if kept_states(states) and not (args.resume or args.force):
+        raise ValueError(
+            f"An interrupted run is kept in {states}. Continue it with --resume, or start anew with --force."
+        )
     clean = load_clean(args.arch, args.pretrained)
     sight = sight_of(args, clean)
     pictures = open_pictures(args, max(sight.picture_size, clean.noise_size))
     run = Finetuning(clean, sight, pictures.training, settings, accelerator(precision=args.precision), args.workers)
-    states = args.out.with_suffix(".training")
     if args.resume:
         run.resume(states)
     if not train(run, states, args.save_every, pictures.said):
@@ -211,7 +215,8 @@ def run_evaluate_noisy_clip(args: argparse.Namespace) -> None:
     found = bundled_renders() if args.images == AVATARS else find_images(Path(args.images))
     chosen = random.Random(HELD_OUT_SEED).sample(found, min(args.samples, len(found)))
     images = ImageSet(chosen, max(sight.picture_size, clean.noise_size), PLAIN)
-    curve = measured(model, clean, sight, images, args.seed)
+    device = accelerator().device
+    curve = measured(model.to(device), clean.to(device), sight, images, args.seed)
     draw_chart(curve, args.file.stem).save(args.chart or args.file.with_suffix(".png"))
     if not args.no_write and args.file.suffix == ".safetensors":
         write_retrieval(args.file, as_rows(curve))

@@ -1,6 +1,7 @@
 """The avatars as arrays: rendered once from SVG, with exact labels and captions.
 
-`python data.py --out DIR` draws the three splits with two processes (about four minutes).
+`python data.py --out DIR` draws the three splits with two processes (about four minutes). With --png, every picture
+becomes a file as well, in a folder for each split, as `sdg finetune` reads them.
 """
 
 from __future__ import annotations
@@ -75,6 +76,14 @@ def render(out: Path, size: int, processes: int = 2) -> None:
         print(f"{split}: {sum(fresh)} images, {len(fresh) - sum(fresh)} duplicates left out", flush=True)
 
 
+def write_pictures(out: Path) -> None:
+    """Every picture of the rendered splits as `<out>/<split>/<number>.png`."""
+    for split in SPLITS:
+        (out / split).mkdir(exist_ok=True)
+        for i, image in enumerate(load(out, split)[0]):
+            Image.fromarray(image).save(out / split / f"{i:05d}.png")
+
+
 def load(out: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, size, size, 3) uint8 and labels (N, 8) int8 of a rendered split."""
     with np.load(out / f"{split}.npz") as file:
@@ -119,5 +128,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--png", action="store_true")
     args = parser.parse_args()
     render(args.out, args.size)
+    if args.png:
+        write_pictures(args.out)

@@ -270,7 +270,7 @@ def test_two_processes_are_one_with_the_doubled_batch(folder, vit_file, tmp_path
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
-def test_an_ended_run_resumes_to_the_uninterrupted_result(folder, tmp_path, kind):
+def test_an_ended_run_resumes_to_the_uninterrupted_result(folder, tmp_path, capsys, kind):
     more = ["--crop", "1", "--learning-rate", "1e-3"]  # few versions of a picture: the teacher's memory, too, resumes
     completed(launch(arguments(folder, tmp_path / "whole.safetensors", *more)))
     out = tmp_path / "ended.safetensors"
@@ -282,6 +282,8 @@ def test_an_ended_run_resumes_to_the_uninterrupted_result(folder, tmp_path, kind
     if kind == signal.SIGINT:
         assert process.returncode == 130
         assert "--resume" in said
+    assert main(arguments(folder, out, *more)) == 2
+    assert "Continue it with --resume" in capsys.readouterr().err
     completed(launch(arguments(folder, out, *more, "--resume")))
     off = distance(load_file(tmp_path / "whole.safetensors"), load_file(out))
     print(f"weights {off:.1e} apart")
