@@ -19,7 +19,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sdg_core.checkpoint import load_noisy_clip, save_noisy_clip
 from sdg_core.clip import CLIP_MEAN, CLIP_STD, CleanCLIP
+from sdg_core.noisy_clip import from_clean
 from sdg_core.open_clip_models import architectures, check_architecture, download, load_file
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
@@ -329,3 +331,22 @@ def test_without_a_text_tower_text_is_refused():
     with pytest.raises(ValueError, match="has no text tower, so it cannot guide by text"):
         model.encode_text(["a red fox"])
     assert not any(key.startswith("text.") for key in model.state_dict())
+
+
+def test_every_kind_of_tower_can_become_a_noisy_clip(name, tmp_path, draw):
+    """It starts as the clean CLIP; folding its conditioning is the same as applying it; a file brings it back."""
+    save_file(state_of(name), tmp_path / "clean.safetensors")
+    clean, side = load_file(name, tmp_path / "clean.safetensors"), SIZES[name]
+    model, image = from_clean(clean), draw(2, 3, side, side)
+    wanted = clean(image, torch.zeros(1), clean.full_depth).embed
+    assert_close(model(image, torch.tensor([10.0, 900.0]), model.full_depth).embed, wanted)
+    torch.nn.init.normal_(model.conditioning.emb_layers[1].weight, std=0.05)
+    folded = model(image, torch.tensor([700.0]), model.full_depth).embed
+    torch.testing.assert_close(
+        model(image, torch.tensor([700.0, 700.0]), model.full_depth).embed, folded, rtol=1e-4, atol=1e-4
+    )
+    assert (folded - wanted).abs().max() > 1e-3
+    save_noisy_clip(tmp_path / "noisy.safetensors", model, half=False)
+    again = load_noisy_clip(tmp_path / "noisy.safetensors")
+    assert_close(again(image, torch.tensor([700.0]), model.full_depth).embed, folded)
+    assert again.config.clip["architecture"] == name
