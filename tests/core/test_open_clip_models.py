@@ -337,7 +337,7 @@ def test_every_kind_of_tower_can_become_a_noisy_clip(name, tmp_path, draw):
     """It starts as the clean CLIP; folding its conditioning is the same as applying it; a file brings it back."""
     save_file(state_of(name), tmp_path / "clean.safetensors")
     clean, side = load_file(name, tmp_path / "clean.safetensors"), SIZES[name]
-    model, image = from_clean(clean), draw(2, 3, side, side)
+    model, image = from_clean(clean).requires_grad_(False), draw(2, 3, side, side)
     wanted = clean(image, torch.zeros(1), clean.full_depth).embed
     assert_close(model(image, torch.tensor([10.0, 900.0]), model.full_depth).embed, wanted)
     torch.nn.init.normal_(model.conditioning.emb_layers[1].weight, std=0.05)
