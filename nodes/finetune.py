@@ -42,6 +42,67 @@ LIVE_PICTURES = 48
 LIVE_SHARE = 0.1  # of the time may go into measuring on the way
 
 
+def learning_inputs() -> list[io.Input]:
+    """How it learns: from which CLIP, how long, with what at once."""
+    return [
+        NoisyCLIPSocket.Input("clip", tooltip="The clean CLIP to start from, of Load CLIP. It stays as it is."),
+        io.Int.Input(
+            "steps", default=1000, min=1, max=1_000_000,
+            tooltip="How long it learns. 50 is a trial, 1,000 a start, 10,000 suits a large CLIP.",
+        ),
+        io.Int.Input(
+            "batch_size", default=64, min=2, max=65536,
+            tooltip="Pictures told apart in every step. More learn better and take longer. Not above the "
+            "number of pictures.",
+        ),
+        io.Int.Input(
+            "micro_batch", default=64, min=1, max=65536,
+            tooltip="Pictures in memory at once. Lower it when memory runs out: slower, with the same result.",
+        ),
+        io.Float.Input(
+            "learning_rate", default=3e-4, min=1e-7, max=1e-2, step=1e-5, round=1e-7,
+            tooltip="Higher learns faster, too high forgets. Usual 0.0001 to 0.0005.",
+        ),
+        io.Combo.Input(
+            "train", options=["all", "last", "conditioning"], default="all",
+            tooltip="What learns: the whole image tower, its last stage, or only how it uses the noise level. "
+            "Less is faster and learns less.",
+        ),
+        io.Combo.Input(
+            "timesteps", options=["uniform", "angle"], default="uniform",
+            tooltip="How noise levels are drawn: uniform as in the paper; angle spends less on pure noise.",
+        ),
+        io.Int.Input(
+            "seed", default=0, min=0, max=2**31 - 1, control_after_generate=False,
+            tooltip="The same seed gives the same encoder.",
+        ),
+        io.Int.Input(
+            "size", default=0, min=0, max=4096,
+            tooltip="Side of what the diffusion model draws: pixels, or latent pixels (SD1.5: 64, SDXL: 128). "
+            "0: the CLIP's own.",
+        ),
+    ]  # fmt: skip
+
+
+def picture_inputs() -> list[io.Input]:
+    """What it learns from, and for which model."""
+    return [
+        io.String.Input(
+            "folder", default="",
+            tooltip="A folder of pictures, in ComfyUI's input folder or by its whole path. Empty: only those "
+            "of the images input.",
+        ),
+        io.Image.Input("images", optional=True, tooltip="Pictures to learn from, a batch or a list."),
+        io.Model.Input(
+            "model", optional=True, tooltip="The diffusion model to be guided. Empty: a model of pixels."
+        ),
+        io.Vae.Input(
+            "vae", optional=True,
+            tooltip="With a latent model: learn from exact latents as well. Slower, closer to the model.",
+        ),
+    ]  # fmt: skip
+
+
 class SDGFinetuneNoisyCLIP(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -52,57 +113,7 @@ class SDGFinetuneNoisyCLIP(io.ComfyNode):
             description="Teaches a CLIP to read noisy pictures, from pictures without captions. Use it when there is "
             "no noisy CLIP for your model or your kind of picture.",
             is_input_list=True,
-            inputs=[
-                NoisyCLIPSocket.Input("clip", tooltip="The clean CLIP to start from, of Load CLIP. It stays as it is."),
-                io.Int.Input(
-                    "steps", default=1000, min=1, max=1_000_000,
-                    tooltip="More teach more. 50 is a trial, 1,000 a start."
-                ),
-                io.Int.Input(
-                    "batch_size", default=64, min=2, max=65536,
-                    tooltip="Pictures told apart in every step. More learn better and take longer. Not above the "
-                    "number of pictures.",
-                ),
-                io.Int.Input(
-                    "micro_batch", default=64, min=1, max=65536,
-                    tooltip="Pictures in memory at once. Lower it when memory runs out: slower, with the same result.",
-                ),
-                io.Float.Input(
-                    "learning_rate", default=3e-4, min=1e-7, max=1e-2, step=1e-5, round=1e-7,
-                    tooltip="Higher learns faster, too high forgets. Usual 0.0001 to 0.0005.",
-                ),
-                io.Combo.Input(
-                    "train", options=["all", "last", "conditioning"], default="all",
-                    tooltip="What learns: the whole image tower, its last stage, or only how it uses the noise level. "
-                    "Less is faster and learns less.",
-                ),
-                io.Combo.Input(
-                    "timesteps", options=["uniform", "angle"], default="uniform",
-                    tooltip="How noise levels are drawn: uniform as in the paper; angle spends less on pure noise.",
-                ),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=2**31 - 1, control_after_generate=False,
-                    tooltip="The same seed gives the same encoder.",
-                ),
-                io.Int.Input(
-                    "size", default=0, min=0, max=4096,
-                    tooltip="Side of what the diffusion model draws: pixels, or latent pixels (SD1.5: 64, SDXL: 128). "
-                    "0: the CLIP's own.",
-                ),
-                io.String.Input(
-                    "folder", default="",
-                    tooltip="A folder of pictures, in ComfyUI's input folder or by its whole path. Empty: only those "
-                    "of the images input.",
-                ),
-                io.Image.Input("images", optional=True, tooltip="Pictures to learn from, a batch or a list."),
-                io.Model.Input(
-                    "model", optional=True, tooltip="The diffusion model to be guided. Empty: a model of pixels."
-                ),
-                io.Vae.Input(
-                    "vae", optional=True,
-                    tooltip="With a latent model: learn from exact latents as well. Slower, closer to the model.",
-                ),
-            ],
+            inputs=[*learning_inputs(), *picture_inputs()],
             outputs=[
                 NoisyCLIPSocket.Output("NOISY_CLIP", tooltip="Connect to guidance nodes, or to Save Noisy CLIP."),
                 io.Image.Output(

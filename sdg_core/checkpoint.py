@@ -125,6 +125,16 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def _plain_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of any safetensors file. Raises FileNotFoundError and ValueError as ``load`` does."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}. Wanted: weights in safetensors format.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path.name} is not a readable safetensors file ({error}). Download it again.") from error
+
+
 def load_latent_encoder(path: Path) -> tuple[Callable[[Tensor], Tensor], int]:
     """Pictures (B, 3, H, W) in -1..1 -> model latents, and how many picture pixels a latent pixel spans.
 
@@ -134,7 +144,7 @@ def load_latent_encoder(path: Path) -> tuple[Callable[[Tensor], Tensor], int]:
         space = read_adm(BUNDLED / "latent" / "v.safetensors")[0].latent_format
         encoder, scale, shift = load_tiny_autoencoder(path).encoder, space.scale, space.shift
     else:
-        state = load_pickle(path) if path.suffix in PICKLES else load_file(path)
+        state = load_pickle(path) if path.suffix in PICKLES else _plain_tensors(path)
         encoder, scale, shift = encoder_from_state(state).requires_grad_(False).eval(), 1.0, 0.0
     halvings = sum(isinstance(layer, nn.Conv2d) and layer.stride == (2, 2) for layer in encoder)
 

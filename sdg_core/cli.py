@@ -1,4 +1,4 @@
-"""The command line: `sdg demo | sample | evaluate | convert`."""
+"""The command line: `sdg demo | sample | evaluate | finetune | convert`."""
 
 from __future__ import annotations
 
@@ -74,6 +74,16 @@ def parser() -> argparse.ArgumentParser:
     check.set_defaults(run=run_evaluate)
     add_evaluate(check)
     add_finetune(commands)
+    add_convert(commands)
+    for command in (demo, one, check):
+        command.add_argument(
+            "--models", type=Path, default=BUNDLED, help="folder of the models; default: the bundled ones"
+        )
+    return top
+
+
+def add_convert(commands: argparse._SubParsersAction) -> None:
+    """The parser of `sdg convert`."""
     convert = commands.add_parser("convert", help="a published noisy CLIP, or one of ours, as our kind of file")
     convert.add_argument("source", type=Path, metavar="IN", help="a published .pt, or .safetensors of this pack")
     convert.add_argument("--out", type=Path, required=True, metavar="OUT.safetensors")
@@ -83,11 +93,6 @@ def parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--force", action="store_true", help="overwrite OUT")
     convert.set_defaults(run=run_convert)
-    for command in (demo, one, check):
-        command.add_argument(
-            "--models", type=Path, default=BUNDLED, help="folder of the models; default: the bundled ones"
-        )
-    return top
 
 
 def run_demo(args: argparse.Namespace) -> None:

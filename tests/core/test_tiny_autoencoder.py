@@ -7,11 +7,18 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdg_core.checkpoint import load_tiny_autoencoder, save
+from sdg_core.checkpoint import load_latent_encoder, load_tiny_autoencoder, save
 from sdg_core.gradient import gradient_scope
-from sdg_core.tiny_autoencoder import TinyAutoencoder, decoder_from_state, tiny_decoder, tiny_encoder
+from sdg_core.tiny_autoencoder import (
+    TinyAutoencoder,
+    decoder_from_state,
+    encoder_from_state,
+    tiny_decoder,
+    tiny_encoder,
+)
 
 TAESD = {"width": 64, "blocks": (3, 3, 3, 1), "latent_channels": 4}
 """Bohan 2023: taesd_decoder.safetensors."""
@@ -176,3 +183,30 @@ def wrong_files() -> dict[str, dict[str, Tensor]]:
 def test_files_that_hold_no_tiny_decoder_are_refused(file):
     with pytest.raises(ValueError, match=re.compile(r"Not a tiny decoder(: it does not start| that this pack)")):
         decoder_from_state(wrong_files()[file])
+
+
+@pytest.mark.parametrize("prefix", ["", "taesd_encoder.", "encoder."])
+def test_a_taesd_encoder_gives_model_latents(prefix, tmp_path, draw):
+    """Read off its file, with any usual prefix; pictures in -1..1 become its own 0..1."""
+    module, picture = tiny_encoder(8, (1, 3, 3, 3), 4), draw(1, 3, 32, 48)
+    state = random_state(module)
+    module.load_state_dict(state)
+    save_file({prefix + k: v for k, v in state.items()}, tmp_path / "taesd_encoder.safetensors")
+    encode, downscale = load_latent_encoder(tmp_path / "taesd_encoder.safetensors")
+    assert downscale == 8
+    assert encode(picture).shape == (1, 4, 4, 6)
+    assert torch.equal(encode(picture), module((picture + 1) / 2))
+
+
+def test_files_that_are_no_encoder_are_refused(tmp_path):
+    save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"Not a tiny encoder.*taesd_encoder\.safetensors"):
+        load_latent_encoder(tmp_path / "other.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        load_latent_encoder(tmp_path / "broken.safetensors")
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        load_latent_encoder(tmp_path / "gone.safetensors")
+    state = random_state(tiny_encoder(8, (1, 1), 4))
+    with pytest.raises(ValueError, match="can rebuild"):
+        encoder_from_state({k: v for k, v in state.items() if not k.startswith("1.conv.2")})
