@@ -28,19 +28,18 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sdg_core.checkpoint import load_clip
-from sdg_core.clip import CleanCLIP
-from sdg_core.finetune import Finetuning, Settings, accelerator
-from sdg_core.images import Augment, Batch, ImageSet
-from sdg_core.sight import Sight
+from sdg_core.avatars import load_bundled_clip
+from sdg_core.encoders import CleanCLIP
+from sdg_core.training import Augment, Finetuning, ImageSet, Settings, StudentSight, accelerator
+from sdg_core.training.images import Batch
 
 
 def clean_clip(arch: str) -> tuple[CleanCLIP, torch.nn.Module]:
     """A clean CLIP of an architecture, and a bare open_clip model of it, both with random weights."""
     if arch == "avatars":
-        from sdg_core.clip import build_clip
+        from sdg_core.encoders import build_clip
 
-        clean = load_clip()
+        clean = load_bundled_clip()
         return clean, build_clip(clean.config)
     bare, other = (open_clip.create_model(arch) for _ in range(2))
     config = {**open_clip.get_model_config(arch), "architecture": arch}
@@ -85,8 +84,8 @@ def our_steps(clean: CleanCLIP, batch: int, steps: int) -> dict[str, Callable[[]
     for name, augment in (("fresh", Augment()), ("remembered", Augment(1.0, False))):
         images = ImageSet(list(pictures), clean.image_size, augment)
         settings = Settings(steps=steps, batch_size=batch, learning_rate=1e-5)
-        run = Finetuning(clean, Sight(clean.noise_size), images, settings, accelerator())
-        result[f"ours, teacher {name}"] = lambda run=run: run.learn(given)
+        run = Finetuning(clean, StudentSight(clean.noise_size), images, settings, accelerator())
+        result[f"ours, teacher {name}"] = lambda run=run: run.learner.learn(given)
     return result
 
 

@@ -1,6 +1,6 @@
-"""Defaults of the guidance nodes, and the range of their scales. The measured values are ``sdg_core.guidance``'s."""
+"""Defaults of the guidance nodes, and the range of their scales. The measured values are ``sdg_core.method``'s."""
 
-from ..sdg_core.guidance import DEFAULT_INTERVAL, DEFAULT_SCALE, StructureGuidance, StyleGuidance
+from ..sdg_core.method import DEFAULT_INTERVAL, DEFAULT_SCALE, StructureGuidance, StyleGuidance
 
 TEXT_SCALE = DEFAULT_SCALE["text"]
 CONTENT_SCALE = DEFAULT_SCALE["content"]

@@ -7,7 +7,6 @@ import re
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -19,20 +18,27 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ..sdg_core.checkpoint import save_noisy_clip
-from ..sdg_core.clip import CleanCLIP
-from ..sdg_core.images import PLAIN, Augment, ImageSet, find_images, held_out
-from ..sdg_core.noisy_clip import NoisyCLIP
-from ..sdg_core.retrieval import Retrieval, as_rows, draw_chart, measure_retrieval, retrieval_lines
-from ..sdg_core.sight import Sight
-from ..sdg_core.views import PIXEL_VIEW
+from ..sdg_core.encoders import CleanCLIP, NoisyCLIP, save_noisy_clip
+from ..sdg_core.method import PIXEL_VIEW
+from ..sdg_core.training import (
+    PLAIN,
+    Augment,
+    Finetuning,
+    ImageSet,
+    Progress,
+    Retrieval,
+    Settings,
+    StudentSight,
+    accelerator,
+    as_rows,
+    draw_chart,
+    find_images,
+    held_out,
+    measure_retrieval,
+    retrieval_lines,
+)
 from . import host
 from .loaders import NoisyCLIPSocket
-from .patchers import activation_bytes, patch_module
-from .views import downscale_of, linear_view
-
-if TYPE_CHECKING:  # importing Accelerate takes a while: only when the node runs
-    from ..sdg_core.finetune import Finetuning, Progress, Settings
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +142,6 @@ class SDGFinetuneNoisyCLIP(io.ComfyNode):
         timesteps: list, seed: list, size: list, folder: list, images: list | None = None, model: list | None = None,
         vae: list | None = None,
     ) -> io.NodeOutput:  # fmt: skip
-        from ..sdg_core.finetune import Settings
-
         settings = Settings(
             steps[0], batch_size[0], micro_batch[0], learning_rate[0], layers=train[0], timesteps=timesteps[0],
             seed=seed[0],
@@ -149,7 +153,7 @@ class SDGFinetuneNoisyCLIP(io.ComfyNode):
             training, proof = pictures(folder[0], images or [], max(sight.picture_size, clean.noise_size), seed[0])
             mm.free_memory(memory_wanted(clean, settings), patcher.load_device, [])
             made, chart = finetuned(clean, sight, training, proof, settings, host.NodeText(cls.hidden))
-            return io.NodeOutput(patch_module(made), as_host_image(chart))
+            return io.NodeOutput(host.patch_module(made), as_host_image(chart))
 
 
 class SDGSaveNoisyCLIP(io.ComfyNode):
@@ -214,14 +218,14 @@ def pictures(folder: str, images: list[Tensor], size: int, seed: int) -> tuple[I
     )
 
 
-def sight_of(clean: CleanCLIP, size: int, model: comfy.model_patcher.ModelPatcher | None, vae) -> Sight:
+def sight_of(clean: CleanCLIP, size: int, model: comfy.model_patcher.ModelPatcher | None, vae) -> StudentSight:
     """What the encoder will look at, from the model to be guided."""
     latent = None if model is None else model.get_model_object("latent_format")
     if latent is None or latent.latent_channels == 3:
-        return Sight(size or clean.noise_size, PIXEL_VIEW)
-    view = linear_view(latent)
+        return StudentSight(size or clean.noise_size, PIXEL_VIEW)
+    view = host.linear_view(latent)
     if vae is None:
-        return Sight(size or clean.noise_size, view)
+        return StudentSight(size or clean.noise_size, view)
 
     def encode(picture: Tensor) -> Tensor:
         with torch.inference_mode():
@@ -229,24 +233,27 @@ def sight_of(clean: CleanCLIP, size: int, model: comfy.model_patcher.ModelPatche
             latents = latent.process_in(latents[:, :, 0] if latents.ndim == 5 else latents)
         return latents.clone().to(picture)
 
-    return Sight(size or clean.noise_size, view, encode, downscale_of(latent))
+    return StudentSight(size or clean.noise_size, view, encode, host.downscale_of(latent))
 
 
 def memory_wanted(clean: CleanCLIP, settings: Settings) -> int:
     """Bytes of a step: activations of a micro batch; weights, gradients, averages and the optimizer's two."""
     weights = 4 * sum(p.numel() for p in clean.tower.parameters())
-    return activation_bytes(clean) * min(settings.batch_size, settings.micro_batch) + 6 * weights
+    return host.activation_bytes(clean) * min(settings.batch_size, settings.micro_batch) + 6 * weights
 
 
 def finetuned(
-    clean: CleanCLIP, sight: Sight, training: ImageSet, proof: ImageSet | None, settings: Settings, text: host.NodeText
+    clean: CleanCLIP,
+    sight: StudentSight,
+    training: ImageSet,
+    proof: ImageSet | None,
+    settings: Settings,
+    text: host.NodeText,
 ) -> tuple[NoisyCLIP, Image.Image]:
     """Runs it, with a live chart on the node; the encoder and the last chart.
 
     A cancelled run writes what there is to models/noisy_clip before it ends.
     """
-    from ..sdg_core.finetune import Finetuning, accelerator
-
     device = next(clean.parameters()).device
     precision = "bf16" if device.type == "cuda" and mm.should_use_bf16(device) else "no"
     run = Finetuning(clean, sight, training, settings, accelerator(device.type == "cpu", precision))

@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..sdg_core.guidance import (
+from ..sdg_core.method import (
     ContentGuidance,
     Guidance,
     StructureGuidance,

@@ -7,15 +7,12 @@ import nodes
 import torch
 from comfy_api.latest import io
 
-from ..sdg_core import open_clip_models
-from ..sdg_core.checkpoint import load_clip, load_noisy_clip, load_tiny_autoencoder
-from ..sdg_core.guidance import Fade
-from ..sdg_core.noisy_clip import NoisyCLIP, with_text
-from ..sdg_core.retrieval import retrieval_lines
+from ..sdg_core.avatars import load_bundled_clip
+from ..sdg_core.encoders import NoisyCLIP, load_noisy_clip, open_clip_models, with_text
+from ..sdg_core.method import Fade
+from ..sdg_core.models import load_tiny_autoencoder
+from ..sdg_core.training import retrieval_lines
 from . import host
-from .autoencoder import host_vae
-from .patchers import patch_module
-from .pixel_model import load_adm_model
 
 NoisyCLIPSocket = io.Custom("NOISY_CLIP")
 DOWNLOAD = "download by tag"
@@ -61,7 +58,7 @@ class SDGLoadNoisyCLIP(io.ComfyNode):
                 encoder = with_text(encoder, host.single_encoder(text_from, "text_from").model)
         host.NodeText(cls.hidden).say("\n".join([f"for {encoder.view}", *retrieval_lines(encoder.config.retrieval)]))
         with torch.inference_mode(False):
-            return io.NodeOutput(patch_module(encoder))
+            return io.NodeOutput(host.patch_module(encoder))
 
 
 class SDGLoadCLIP(io.ComfyNode):
@@ -108,12 +105,12 @@ class SDGLoadCLIP(io.ComfyNode):
     def execute(cls, clip_name: str, architecture: str, pretrained: str) -> io.NodeOutput:
         with torch.inference_mode(False):
             if clip_name == host.BUNDLED_NAME:
-                clip = load_clip(host.model_path("open_clip", clip_name))
+                clip = load_bundled_clip(host.model_path("open_clip", clip_name))
             elif clip_name == DOWNLOAD:
                 clip = open_clip_models.download(architecture, pretrained, host.download_folder("open_clip"))
             else:
                 clip = open_clip_models.load_file(architecture, host.model_path("open_clip", clip_name))
-            return io.NodeOutput(patch_module(clip))
+            return io.NodeOutput(host.patch_module(clip))
 
 
 class SDGEncoderCrossfade(io.ComfyNode):
@@ -174,7 +171,7 @@ class SDGLoadAutoencoder(io.ComfyNode):
     def execute(cls) -> io.NodeOutput:
         path = host.latent_world_file("autoencoder")
         with torch.inference_mode(False):
-            return io.NodeOutput(host_vae(load_tiny_autoencoder(path)))
+            return io.NodeOutput(host.host_vae(load_tiny_autoencoder(path)))
 
 
 class SDGLoadADM(io.ComfyNode):
@@ -213,7 +210,7 @@ class SDGLoadADM(io.ComfyNode):
 
     @classmethod
     def execute(cls, adm_name: str) -> io.NodeOutput:
-        model = load_adm_model(host.model_path("adm", adm_name))
+        model = host.load_adm_model(host.model_path("adm", adm_name))
         return io.NodeOutput(model, host.blank_conditioning())
 
 

@@ -8,11 +8,9 @@ import nodes
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..sdg_core.guide import Strength
+from ..sdg_core.method import Strength
 from . import defaults, host
 from .guidance import GuidanceSocket
-from .paper import paper_sampler
-from .views import VIEWS, ViewChoice
 
 
 def strength_inputs() -> list[io.Input]:
@@ -42,7 +40,7 @@ def view_inputs() -> list[io.Input]:
     return [
         io.Combo.Input(
             "view",
-            options=VIEWS,
+            options=host.VIEWS,
             default="auto",
             optional=True,
             tooltip="What encoders see. linear: the latent's cheap colours. decoded: through TAESD or the VAE, sharper "
@@ -191,7 +189,7 @@ class SDGGuidedKSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         conds = host.conditioning(model, positive, negative, cfg)
         if guidance is not None:
-            model = host.attach(model, guidance, to_strength(strength, cap), ViewChoice(view, vae))
+            model = host.attach(model, guidance, to_strength(strength, cap), host.ViewChoice(view, vae))
         (latent,) = nodes.common_ksampler(
             model,
             seed,
@@ -240,7 +238,7 @@ class SDGApplyGuidance(io.ComfyNode):
         view: str = "auto",
         vae: comfy.sd.VAE | None = None,
     ) -> io.NodeOutput:
-        return io.NodeOutput(host.attach(model, guidance, to_strength(strength, cap), ViewChoice(view, vae)))
+        return io.NodeOutput(host.attach(model, guidance, to_strength(strength, cap), host.ViewChoice(view, vae)))
 
 
 class SDGPaperSampler(io.ComfyNode):
@@ -266,4 +264,4 @@ class SDGPaperSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, guidance: host.HostGuidance | None = None) -> io.NodeOutput:
-        return io.NodeOutput(comfy.samplers.KSAMPLER(paper_sampler(guidance)))
+        return io.NodeOutput(comfy.samplers.KSAMPLER(host.paper_sampler(guidance)))

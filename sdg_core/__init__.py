@@ -1,0 +1,57 @@
+"""Semantic Diffusion Guidance without a host: what a Python user, the nodes and the commands import.
+
+Rooms, each importing only from those after it: ``commands``; ``avatars`` and ``training``; ``models`` and
+``encoders``; ``files`` and ``method``, where the formulas are. Heavy packages (open_clip, Accelerate, matplotlib) are
+imported at first use.
+"""
+
+from .avatars import BUNDLED, Pull, World, load_world, sample, seeded_noise
+from .encoders import CleanCLIP, NoisyCLIP, load_noisy_clip, open_clip_models, save_noisy_clip
+from .method import (
+    ContentGuidance,
+    Convention,
+    DecodedView,
+    Features,
+    GuidanceRun,
+    LinearView,
+    PixelView,
+    Strength,
+    StructureGuidance,
+    StyleGuidance,
+    Term,
+    TextGuidance,
+    combine,
+    guide,
+)
+from .models import ADMDenoiser, guided, load_adm
+
+__all__ = [
+    "BUNDLED",
+    "ADMDenoiser",
+    "CleanCLIP",
+    "ContentGuidance",
+    "Convention",
+    "DecodedView",
+    "Features",
+    "GuidanceRun",
+    "LinearView",
+    "NoisyCLIP",
+    "PixelView",
+    "Pull",
+    "Strength",
+    "StructureGuidance",
+    "StyleGuidance",
+    "Term",
+    "TextGuidance",
+    "World",
+    "combine",
+    "guide",
+    "guided",
+    "load_adm",
+    "load_noisy_clip",
+    "load_world",
+    "open_clip_models",
+    "sample",
+    "save_noisy_clip",
+    "seeded_noise",
+]

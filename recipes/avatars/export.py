@@ -19,9 +19,9 @@ import train_clip
 import train_noisy_clip
 from data import LABELS, load
 
-from sdg_core.checkpoint import BUNDLED, save, save_noisy_clip
-from sdg_core.noisy_clip import NoisyCLIP
-from sdg_core.world import save_renders
+from sdg_core.avatars import BUNDLED, save_renders
+from sdg_core.encoders import NoisyCLIP, save_noisy_clip
+from sdg_core.files import save
 
 RENDERS = 2048  # held-out renders on the sheet: references, and the judge's measure of what is real
 

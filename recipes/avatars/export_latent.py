@@ -20,8 +20,10 @@ import train_latent
 import train_noisy_clip_linear
 from export import average
 
-from sdg_core.checkpoint import BUNDLED, TOKEN_IDS, load, save, save_noisy_clip
-from sdg_core.views import LatentFormat
+from sdg_core.avatars import BUNDLED
+from sdg_core.encoders import TOKEN_IDS, save_noisy_clip
+from sdg_core.files import load, save
+from sdg_core.method import LatentFormat
 
 LIMIT = 20_000_000  # bytes
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from data import load
 from loop import Plan, spawn, train
 
-from sdg_core.tiny_autoencoder import tiny_decoder, tiny_encoder
+from sdg_core.models import tiny_decoder, tiny_encoder
 
 WIDTH, LATENT_CHANNELS = 32, 4
 NOISE = 0.1  # added to latents while training: a diffusion model's are never exact

@@ -21,7 +21,7 @@ from data import LABELS, load
 from loop import Plan, spawn, train
 from train_clip import shifted
 
-from sdg_core.judge import Judge
+from sdg_core.avatars import Judge
 
 
 class Loss:

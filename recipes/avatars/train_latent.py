@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from loop import Plan, spawn, train
 
-from sdg_core.adm import ADMConfig, ADMUNet
-from sdg_core.schedule import TimestepTable
+from sdg_core.method import TimestepTable
+from sdg_core.models import ADMConfig, ADMUNet
 
 CONFIG = ADMConfig(
     image_size=16,

@@ -29,7 +29,7 @@ from data import load
 from loop import Plan, spawn, train
 from train_clip import shifted
 
-from sdg_core.noisy_clip import NoisyCLIP, NoisyCLIPConfig, noisy
+from sdg_core.encoders import NoisyCLIP, NoisyCLIPConfig, noisy
 
 CONFIG = NoisyCLIPConfig(clip=train_clip.CONFIG, noise_size=train_clip.NOISE_SIZE, hidden=128, sinusoid=128)
 

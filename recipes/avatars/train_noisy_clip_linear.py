@@ -24,11 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from data import load as load_split
 from loop import Plan, spawn, train
 
-from sdg_core.checkpoint import BUNDLED, load_clip, load_noisy_clip
-from sdg_core.clip import unit
-from sdg_core.noisy_clip import NoisyCLIP
-from sdg_core.schedule import expand
-from sdg_core.views import LinearView
+from sdg_core.avatars import BUNDLED
+from sdg_core.encoders import NoisyCLIP, load_clip, load_noisy_clip
+from sdg_core.method import LinearView, expand, unit
 
 IMAGES, COSINE_WEIGHT = 150_000, 30.0
 MEASURED = (0, 20, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)

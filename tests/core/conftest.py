@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdg_core.features import Features
-from sdg_core.schedule import TimestepTable
+from sdg_core.method import Features, TimestepTable
 
 torch.set_num_threads(1)
 

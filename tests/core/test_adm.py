@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdg_core.adm import ADMConfig, ADMUNet, timestep_embedding
-from sdg_core.checkpoint import load, load_adm, load_pickle, read_adm, save
+from sdg_core.files import load, load_pickle, save
+from sdg_core.method import timestep_embedding
+from sdg_core.models import ADMConfig, ADMUNet, load_adm, read_adm
 
 PUBLISHED_SMALL = ADMConfig(
     image_size=64,

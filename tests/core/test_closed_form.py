@@ -15,11 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdg_core.features import Features
-from sdg_core.guidance import Term
-from sdg_core.guide import GuidanceRun, Strength, guide
-from sdg_core.sampling import Prediction, euler, euler_ancestral, guided, initial, normal_sigmas, paper
-from sdg_core.schedule import Convention, TimestepTable
+from sdg_core.method import Convention, Features, GuidanceRun, Strength, Term, TimestepTable, guide
+from sdg_core.models import Prediction, euler, euler_ancestral, guided, initial, normal_sigmas, paper
 
 Y, TAU = 1.5, 0.5
 MEAN, STD = 1.2, 0.4472

@@ -10,10 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sdg_core.guidance import ContentGuidance, Fade, Term, TextGuidance
-from sdg_core.guide import GuidanceRun, Strength, guidance_shift
-from sdg_core.noisy_clip import DEFAULT_CROSSOVER, NoisyCLIPConfig
-from sdg_core.schedule import Convention
+from sdg_core.encoders import NoisyCLIPConfig
+from sdg_core.encoders.noisy_clip import DEFAULT_CROSSOVER
+from sdg_core.method import ContentGuidance, Convention, Fade, GuidanceRun, Strength, Term, TextGuidance, guidance_shift
 
 RATIOS = torch.logspace(-3, 3, 601)
 

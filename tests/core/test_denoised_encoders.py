@@ -22,10 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdg_core.features import Features
-from sdg_core.guidance import ContentGuidance, StructureGuidance, Term
-from sdg_core.guide import GuidanceRun, Strength, guidance_shift, guide
-from sdg_core.sampling import (
+from sdg_core.method import (
+    ContentGuidance,
+    Convention,
+    Features,
+    GuidanceRun,
+    Strength,
+    StructureGuidance,
+    Term,
+    TimestepTable,
+    guidance_shift,
+    guide,
+)
+from sdg_core.models import (
     Prediction,
     Step,
     euler,
@@ -37,7 +46,6 @@ from sdg_core.sampling import (
     paper,
     percent_to_sigma,
 )
-from sdg_core.schedule import Convention, TimestepTable
 
 Y, TAU, TILT = 1.5, 0.5, 0.8
 SHAPE = (4, 3, 32, 32)

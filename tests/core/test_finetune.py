@@ -22,13 +22,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sdg_core.checkpoint import load_noisy_clip
-from sdg_core.cli import main
-from sdg_core.clip import CleanCLIP, build_clip
-from sdg_core.finetune import Finetuning, Settings, accelerator
-from sdg_core.images import PLAIN, Augment, ImageSet
-from sdg_core.sight import Sight
-from sdg_core.views import LinearView
+from sdg_core.commands import main
+from sdg_core.encoders import CleanCLIP, build_clip, load_noisy_clip
+from sdg_core.method import LinearView
+from sdg_core.training import PLAIN, Augment, Finetuning, ImageSet, Settings, StudentSight, accelerator
 
 ROOT = Path(__file__).parents[2]
 VIT = "ViT-S-32-alt"
@@ -64,9 +61,9 @@ def images() -> ImageSet:
 def start(clean, images) -> Callable[..., Finetuning]:
     """start(**settings) -> a fine-tuning of the small CLIP."""
 
-    def build(sight: Sight | None = None, **settings) -> Finetuning:
+    def build(sight: StudentSight | None = None, **settings) -> Finetuning:
         wanted = {"steps": 3, "batch_size": 6, "learning_rate": 1e-3, **settings}
-        return Finetuning(clean, sight or Sight(32), images, Settings(**wanted), accelerator(cpu=True))
+        return Finetuning(clean, sight or StudentSight(32), images, Settings(**wanted), accelerator(cpu=True))
 
     return build
 
@@ -87,7 +84,7 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def test_loss_is_the_papers(start, draw):
     seen, clean = (F.normalize(draw(6, 16, seed=s), dim=1) for s in (1, 2))
-    loss, info_nce, cosine = start(cosine_weight=7.0).loss(seen, clean)
+    loss, info_nce, cosine = start(cosine_weight=7.0).learner.loss(seen, clean)
     logits = 100 * seen @ clean.T
     rows, columns = (-x.log_softmax(1).diagonal().mean() for x in (logits, logits.T))
     assert info_nce == pytest.approx(float(rows + columns) / 2, rel=1e-5)
@@ -105,7 +102,10 @@ def test_the_student_starts_as_the_clean_clip(clean, start, draw):
 
 def test_timesteps_are_uniform_over_the_schedule_or_over_the_angle(start, images):
     picture = torch.zeros(2000, 3, 4, 4)
-    t = {kind: start(Sight(4), timesteps=kind).look(picture, range(2000))[1] for kind in ("uniform", "angle")}
+    t = {
+        kind: start(StudentSight(4), timesteps=kind).learner.look(picture, range(2000))[1]
+        for kind in ("uniform", "angle")
+    }
     table = start().model.table
     angle = table.sigma(t["angle"]).atan() / (torch.pi / 2)
     for value in (t["uniform"] / 999, angle):
@@ -116,7 +116,7 @@ def test_timesteps_are_uniform_over_the_schedule_or_over_the_angle(start, images
 
 def test_noisy_pictures_have_the_schedules_signal_and_noise(start):
     run, ones = start(), torch.ones(64, 3, 32, 32)
-    x_t, t = run.look(ones, range(64))
+    x_t, t = run.learner.look(ones, range(64))
     abar = 1 / (1 + run.model.table.sigma(t).square())
     assert torch.allclose(x_t.mean((1, 2, 3)), abar.sqrt().float(), atol=0.08)
     assert torch.allclose(x_t.var((1, 2, 3)), (1 - abar).float(), atol=0.08)
@@ -124,7 +124,7 @@ def test_noisy_pictures_have_the_schedules_signal_and_noise(start):
 
 def test_noise_of_a_linear_view_has_the_covariance_of_its_factors(draw):
     view = LinearView("made up", draw(3, 4), torch.zeros(3))
-    sight = Sight(64, view)
+    sight = StudentSight(64, view)
     noise = sight.noised(torch.zeros(8, 3, 64, 64), draw(8, 4, 64, 64, seed=1), torch.full((8,), 1e6))
     seen = torch.cov(noise.transpose(0, 1).flatten(1))
     assert torch.allclose(seen, view.covariance, atol=0.05 * view.covariance.abs().max().item())
@@ -135,7 +135,7 @@ def test_noise_of_a_linear_view_has_the_covariance_of_its_factors(draw):
 def test_an_autoencoder_gives_half_of_the_pictures_exactly(draw):
     view = LinearView("made up", draw(3, 4), draw(3, seed=1))
     latents, picture = draw(2, 4, 8, 8, seed=2), draw(2, 3, 64, 64, seed=3)
-    sight = Sight(8, view, lambda picture: latents, downscale=8)
+    sight = StudentSight(8, view, lambda picture: latents, downscale=8)
     x_0 = sight.clean(picture, torch.tensor([True, False]))
     assert sight.picture_size == 64
     assert torch.equal(x_0[0], view.picture(latents, torch.ones(2))[0])
@@ -174,16 +174,18 @@ def test_the_seed_decides(start):
 
 def test_teacher_embeddings_are_kept_only_where_pictures_repeat(start, images):
     run = start(steps=4)
-    assert run.teacher.known is None
+    assert run.learner.teacher.known is None
     images.augment = Augment(1.0, flip=True)
     run = start(steps=4)
     calls = []
-    run.teacher._embed = lambda picture, embed=run.teacher._embed: calls.append(len(picture)) or embed(picture)
+    run.learner.teacher._embed = lambda picture, embed=run.learner.teacher._embed: (
+        calls.append(len(picture)) or embed(picture)
+    )
     cached = finished(run)
     assert sum(calls) <= 24
-    assert sum(calls) == int(run.teacher.known.sum())
+    assert sum(calls) == int(run.learner.teacher.known.sum())
     run = start(steps=4)
-    run.teacher.known = None
+    run.learner.teacher.known = None
     assert distance(cached, finished(run)) < 1e-5
 
 

@@ -10,11 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdg_core.features import Features
-from sdg_core.gradient import Sight, Target, as_normal, gradient_scope
-from sdg_core.gradient import score_gradient as gradient_of_sight
-from sdg_core.guidance import ContentGuidance, StructureGuidance, StyleGuidance, Term, TextGuidance
-from sdg_core.views import PIXEL_VIEW
+from sdg_core.method import (
+    PIXEL_VIEW,
+    ContentGuidance,
+    Features,
+    Sight,
+    StructureGuidance,
+    StyleGuidance,
+    Target,
+    Term,
+    TextGuidance,
+    as_normal,
+    gradient_scope,
+)
+from sdg_core.method import score_gradient as gradient_of_sight
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 T = torch.tensor([300.0])

@@ -7,18 +7,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdg_core.features import Features, gram
-from sdg_core.gradient import Sight, Target, score_gradient
-from sdg_core.guidance import (
+from sdg_core.method import (
+    PIXEL_VIEW,
     ContentGuidance,
+    Features,
+    Sight,
     StructureGuidance,
     StyleGuidance,
+    Target,
     Term,
     TextGuidance,
     combine,
     fit,
+    gram,
+    score_gradient,
 )
-from sdg_core.views import PIXEL_VIEW
 
 SHAPES = [(4, 8, 8), (6, 4, 4), (5, 2, 3)]
 IMAGE = torch.zeros(1, 3, 8, 8)

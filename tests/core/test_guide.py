@@ -10,10 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdg_core.features import Features
-from sdg_core.guidance import ContentGuidance, StructureGuidance, StyleGuidance, Term, TextGuidance
-from sdg_core.guide import GuidanceRun, Strength, guide, rms
-from sdg_core.schedule import Convention, TimestepTable
+from sdg_core.method import (
+    ContentGuidance,
+    Convention,
+    Features,
+    GuidanceRun,
+    Strength,
+    StructureGuidance,
+    StyleGuidance,
+    Term,
+    TextGuidance,
+    TimestepTable,
+    guide,
+    rms,
+)
 
 UNBOUND = Strength(cap=None)
 

@@ -13,20 +13,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from sdg_core.images import (
-    PLAIN,
-    Augment,
-    Draws,
-    ImageSet,
-    ImageShards,
-    collate,
-    find_images,
-    held_out,
-    is_shards,
-    mixed,
-    read_picture,
-    shard_names,
-)
+from sdg_core.training import PLAIN, Augment, ImageSet, ImageShards, find_images, held_out, is_shards, shard_names
+from sdg_core.training.images import Draws, collate, mixed, read_picture
 
 
 def colour(value: int, size: tuple[int, int] = (8, 8)) -> Image.Image:

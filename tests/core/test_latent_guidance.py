@@ -10,11 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdg_core.features import Features
-from sdg_core.guidance import ContentGuidance, StructureGuidance, StyleGuidance, Term, TextGuidance
-from sdg_core.guide import REFERENCE_SEED, GuidanceRun, Strength, guide, rms
-from sdg_core.schedule import Convention, TimestepTable
-from sdg_core.views import LinearView
+from sdg_core.method import (
+    REFERENCE_SEED,
+    ContentGuidance,
+    Convention,
+    Features,
+    GuidanceRun,
+    LinearView,
+    Strength,
+    StructureGuidance,
+    StyleGuidance,
+    Term,
+    TextGuidance,
+    TimestepTable,
+    guide,
+    rms,
+)
 
 FACTORS = torch.tensor([[0.3, -0.2, 0.5, 0.1], [0.1, 0.4, -0.3, 0.2], [-0.5, 0.2, 0.1, 0.7]])
 BIAS = torch.tensor([0.1, -0.3, 0.2])

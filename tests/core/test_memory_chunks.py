@@ -10,10 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdg_core.features import Features
-from sdg_core.guidance import ContentGuidance, StyleGuidance, Term, TextGuidance
-from sdg_core.guide import GuidanceRun, Strength, guide
-from sdg_core.schedule import Convention
+from sdg_core.method import (
+    ContentGuidance,
+    Convention,
+    Features,
+    GuidanceRun,
+    Strength,
+    StyleGuidance,
+    Term,
+    TextGuidance,
+    guide,
+)
 
 SIGMA = torch.full((5,), 2.0)
 

@@ -11,16 +11,29 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdg_core.adm import timestep_embedding
-from sdg_core.checkpoint import load_noisy_clip, save, save_noisy_clip
-from sdg_core.clip import CLIP_MEAN, CLIP_STD, build_clip, resize
-from sdg_core.conditioning import TimeConditioning
-from sdg_core.features import Features
-from sdg_core.gradient import Sight, Target, score_gradient
-from sdg_core.guidance import ContentGuidance, StructureGuidance, Term
-from sdg_core.noisy_clip import NoisyCLIP, NoisyCLIPConfig
-from sdg_core.towers import open_tower
-from sdg_core.views import PIXEL_VIEW
+from sdg_core.encoders import (
+    NoisyCLIP,
+    NoisyCLIPConfig,
+    TimeConditioning,
+    build_clip,
+    load_noisy_clip,
+    resize,
+    save_noisy_clip,
+)
+from sdg_core.encoders.clip import CLIP_MEAN, CLIP_STD
+from sdg_core.encoders.towers import open_tower
+from sdg_core.files import save
+from sdg_core.method import (
+    PIXEL_VIEW,
+    ContentGuidance,
+    Features,
+    Sight,
+    StructureGuidance,
+    Target,
+    Term,
+    score_gradient,
+    timestep_embedding,
+)
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 CONFIGS = {

@@ -20,12 +20,8 @@ import gc
 import json
 import open_clip
 import torch
-from sdg_core.clip import build_clip
-from sdg_core.guidance import StyleGuidance, Term, TextGuidance
-from sdg_core.guide import GuidanceRun, Strength, guide
-from sdg_core.noisy_clip import NoisyCLIP, NoisyCLIPConfig
-from sdg_core.schedule import Convention
-from sdg_core.views import LatentFormat
+from sdg_core.encoders import NoisyCLIP, NoisyCLIPConfig, build_clip
+from sdg_core.method import Convention, GuidanceRun, LatentFormat, Strength, StyleGuidance, Term, TextGuidance, guide
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

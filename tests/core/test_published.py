@@ -19,11 +19,17 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sdg_core import checkpoint, published
-from sdg_core.checkpoint import load_noisy_clip, save_noisy_clip
-from sdg_core.cli import main
-from sdg_core.clip import CleanCLIP, build_clip
-from sdg_core.noisy_clip import NoisyCLIP, with_text
+from sdg_core import files
+from sdg_core.commands import main
+from sdg_core.encoders import (
+    CleanCLIP,
+    NoisyCLIP,
+    build_clip,
+    load_noisy_clip,
+    published,
+    save_noisy_clip,
+    with_text,
+)
 
 T = (0.0, 333.5, 999.0)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -251,7 +257,8 @@ def small(monkeypatch) -> dict[str, Tensor]:
     """A small published state dict, and the loader expects its sizes."""
     vision = {**SMALL_CLIP["vision_cfg"], "image_size": SMALL.size}
     clip = {**SMALL_CLIP, "vision_cfg": vision, "architecture": "small"}
-    monkeypatch.setattr(published, "CONFIG", replace(published.CONFIG, clip=clip, noise_size=SMALL.size))
+    expected = replace(published.config(), clip=clip, noise_size=SMALL.size)
+    monkeypatch.setattr(published, "config", lambda: expected)
     return random_state(SMALL)
 
 
@@ -432,7 +439,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(file, tmp_path,
 
     encoder, out = load_noisy_clip(file), tmp_path / "ours.safetensors"
     out.write_bytes(b"precious")
-    monkeypatch.setattr(checkpoint, "save_file", breaks_off)
+    monkeypatch.setattr(files, "save_file", breaks_off)
     for path in (out, tmp_path / "new.safetensors"):
         with pytest.raises(ValueError, match=rf"{path.name} was not written: No space left.*disk has room"):
             save_noisy_clip(path, encoder)

@@ -10,13 +10,21 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from sdg_core.checkpoint import BUNDLED, load_clip, load_noisy_clip
-from sdg_core.cli import main
-from sdg_core.finetune_cli import bundled_renders
-from sdg_core.images import PLAIN, ImageSet
-from sdg_core.noisy_clip import NoisyCLIPConfig, from_clean
-from sdg_core.retrieval import Retrieval, _score, as_rows, draw_chart, measure_retrieval, retrieval_lines
-from sdg_core.sight import Sight
+from sdg_core.avatars import BUNDLED, load_bundled_clip
+from sdg_core.commands import main
+from sdg_core.commands.evaluate import bundled_renders
+from sdg_core.encoders import NoisyCLIPConfig, from_clean, load_noisy_clip
+from sdg_core.training import (
+    PLAIN,
+    ImageSet,
+    Retrieval,
+    StudentSight,
+    as_rows,
+    draw_chart,
+    measure_retrieval,
+    retrieval_lines,
+)
+from sdg_core.training.retrieval import _score
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +43,8 @@ def test_ranks_are_those_of_sorting(draw):
 
 
 def test_an_untrained_noisy_clip_reads_as_the_clean_one_does(images):
-    clean = load_clip()
-    curve = measure_retrieval(from_clean(clean, noise_size=32), clean, Sight(32), images, (0, 300, 999))
+    clean = load_bundled_clip()
+    curve = measure_retrieval(from_clean(clean, noise_size=32), clean, StudentSight(32), images, (0, 300, 999))
     for row in curve:
         assert row.noisy_at_1 == row.clean_at_1
         assert row.noisy_cosine == pytest.approx(row.clean_cosine, abs=1e-5)
@@ -47,7 +55,8 @@ def test_an_untrained_noisy_clip_reads_as_the_clean_one_does(images):
 def test_bundled_noisy_clip_finds_three_times_more_than_the_clean_one():
     """Held-out renders that come with the pack; `sdg evaluate noisy-clip` measures all t on all of them."""
     pictures = ImageSet(bundled_renders()[:256], 32, PLAIN)
-    for row in measure_retrieval(load_noisy_clip(), load_clip(), Sight(32), pictures, (300, 500, 700)):
+    noisy, clean = load_noisy_clip(BUNDLED / "noisy_clip.safetensors"), load_bundled_clip()
+    for row in measure_retrieval(noisy, clean, StudentSight(32), pictures, (300, 500, 700)):
         print(row)
         assert row.noisy_at_1 >= 3 * row.clean_at_1
 
@@ -79,9 +88,9 @@ def test_files_without_a_base_ask_for_one(images, tmp_path, capsys):
 
 
 def test_one_picture_is_not_enough(images):
-    clean = load_clip()
+    clean = load_bundled_clip()
     with pytest.raises(ValueError, match="wanted 2 or more"):
-        measure_retrieval(from_clean(clean), clean, Sight(32), images.first(1))
+        measure_retrieval(from_clean(clean), clean, StudentSight(32), images.first(1))
 
 
 def test_measured_rows_are_told_in_words_and_cross_over():

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdg_core.adm import ADMConfig, ADMUNet
-from sdg_core.guidance import Term, TextGuidance
-from sdg_core.guide import GuidanceRun, Strength
-from sdg_core.sampling import (
+from sdg_core.method import Convention, GuidanceRun, LatentFormat, Strength, Term, TextGuidance, TimestepTable, betas
+from sdg_core.models import (
+    ADMConfig,
     ADMDenoiser,
+    ADMUNet,
     Prediction,
     euler,
     euler_ancestral,
@@ -28,8 +28,6 @@ from sdg_core.sampling import (
     percent_to_sigma,
     posterior,
 )
-from sdg_core.schedule import Convention, TimestepTable, betas
-from sdg_core.views import LatentFormat
 
 FLOW_SIGMAS = torch.linspace(1, 0, 11)
 TABLE = TimestepTable.from_name("linear")

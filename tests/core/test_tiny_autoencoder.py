@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdg_core.checkpoint import load_latent_encoder, load_tiny_autoencoder, save
-from sdg_core.gradient import gradient_scope
-from sdg_core.tiny_autoencoder import (
+from sdg_core.files import save
+from sdg_core.method import gradient_scope
+from sdg_core.models import (
     TinyAutoencoder,
     decoder_from_state,
     encoder_from_state,
+    latent_encoder,
+    load_tiny_autoencoder,
+    load_tiny_encoder,
     tiny_decoder,
     tiny_encoder,
 )
@@ -192,7 +195,7 @@ def test_a_taesd_encoder_gives_model_latents(prefix, tmp_path, draw):
     state = random_state(module)
     module.load_state_dict(state)
     save_file({prefix + k: v for k, v in state.items()}, tmp_path / "taesd_encoder.safetensors")
-    encode, downscale = load_latent_encoder(tmp_path / "taesd_encoder.safetensors")
+    encode, downscale = latent_encoder(load_tiny_encoder(tmp_path / "taesd_encoder.safetensors"))
     assert downscale == 8
     assert encode(picture).shape == (1, 4, 4, 6)
     assert torch.equal(encode(picture), module((picture + 1) / 2))
@@ -201,12 +204,12 @@ def test_a_taesd_encoder_gives_model_latents(prefix, tmp_path, draw):
 def test_files_that_are_no_encoder_are_refused(tmp_path):
     save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"Not a tiny encoder.*taesd_encoder\.safetensors"):
-        load_latent_encoder(tmp_path / "other.safetensors")
+        load_tiny_encoder(tmp_path / "other.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match="not a readable safetensors file"):
-        load_latent_encoder(tmp_path / "broken.safetensors")
+        load_tiny_encoder(tmp_path / "broken.safetensors")
     with pytest.raises(FileNotFoundError, match="There is no file"):
-        load_latent_encoder(tmp_path / "gone.safetensors")
+        load_tiny_encoder(tmp_path / "gone.safetensors")
     state = random_state(tiny_encoder(8, (1, 1), 4))
     with pytest.raises(ValueError, match="can rebuild"):
         encoder_from_state({k: v for k, v in state.items() if not k.startswith("1.conv.2")})

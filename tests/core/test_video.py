@@ -9,10 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdg_core.guidance import ContentGuidance, StructureGuidance, StyleGuidance, Term, TextGuidance
-from sdg_core.guide import GuidanceRun, Strength, guidance_shift, guide
-from sdg_core.schedule import Convention
-from sdg_core.views import LinearView
+from sdg_core.method import (
+    ContentGuidance,
+    Convention,
+    GuidanceRun,
+    LinearView,
+    Strength,
+    StructureGuidance,
+    StyleGuidance,
+    Term,
+    TextGuidance,
+    guidance_shift,
+    guide,
+)
 
 B, FRAMES = 2, 5
 VIEW = LinearView("toy", torch.tensor([[0.3, -0.2, 0.5], [0.1, 0.4, -0.3], [-0.5, 0.2, 0.1]]), torch.zeros(3))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdg_core.views import PIXEL_VIEW, DecodedView, LatentFormat, LinearView
+from sdg_core.method import PIXEL_VIEW, DecodedView, LatentFormat, LinearView
 
 FACTORS = ((0.3, -0.2, 0.5, 0.1), (0.1, 0.4, -0.3, 0.2), (-0.5, 0.2, 0.1, 0.7))
 BIAS = (0.1, -0.3, 0.2)

@@ -15,12 +15,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sdg_core.adm import ADMConfig, ADMUNet
-from sdg_core.checkpoint import save, save_noisy_clip
-from sdg_core.clip import build_clip
-from sdg_core.noisy_clip import NoisyCLIP, NoisyCLIPConfig
-from sdg_core.tiny_autoencoder import TinyAutoencoder
-from sdg_core.views import LatentFormat
+from sdg_core.encoders import NoisyCLIP, NoisyCLIPConfig, build_clip, save_noisy_clip
+from sdg_core.files import save
+from sdg_core.method import LatentFormat
+from sdg_core.models import ADMConfig, ADMUNet, TinyAutoencoder
 
 torch.set_num_threads(1)  # the models are small, and more threads get in each other's way
 
@@ -144,7 +142,7 @@ def comfy(comfyui_path: Path, models_folder: Path, tmp_path_factory) -> SimpleNa
 
 @pytest.fixture(scope="session")
 def pack(comfy: SimpleNamespace) -> SimpleNamespace:
-    """The node pack: its node classes by id, and its modules."""
+    """The node pack: its node classes by id, and its modules by the last part of their names."""
     name = str(ROOT).replace(".", "_x_")
     spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     module = importlib.util.module_from_spec(spec)
@@ -152,14 +150,12 @@ def pack(comfy: SimpleNamespace) -> SimpleNamespace:
     spec.loader.exec_module(module)
     extension = asyncio.run(module.comfy_entrypoint())
     nodes = {node.GET_SCHEMA().node_id: node for node in asyncio.run(extension.get_node_list())}
-    modules = {
-        part: importlib.import_module(f"{name}.nodes.{part}")
-        for part in ("host", "pixel_model", "paper", "inputs", "views", "patchers", "loaders", "finetune")
-    }
-    parts = ["guidance", "guide", "gradient", "features", "schedule", "noisy_clip", "sampling", "checkpoint", "views"]
-    parts += ["clip", "published"]
-    core = {f"core_{part}": importlib.import_module(f"{name}.sdg_core.{part}") for part in parts}
-    return SimpleNamespace(nodes=nodes, **modules, **core)
+    parts = [f"nodes.{part}" for part in ("host", "inputs", "loaders", "finetune")]
+    parts += [f"nodes.host.{part}" for part in ("files", "memory", "seam", "views")]
+    parts += [f"sdg_core.{room}" for room in ("method", "encoders", "models", "avatars")]
+    parts += ["sdg_core.method.gradient", "sdg_core.encoders.published"]
+    modules = {part.split(".")[-1]: importlib.import_module(f"{name}.{part}") for part in parts}
+    return SimpleNamespace(nodes=nodes, **modules)
 
 
 @pytest.fixture(scope="session")
@@ -210,5 +206,5 @@ def clean_clip(pack, run):
 def autoencoder(pack, run, models_folder):
     """A small random autoencoder of the same latents as a VAE."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pack.host, "BUNDLED", models_folder)
+        patch.setattr(pack.files, "BUNDLED", models_folder)
         return run("SDGLoadAutoencoder")

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 from make_workflows import SIZES, SOCKETS, STRUCTURE_LAYERS, Graph, settings
 
-from sdg_core.guidance import StyleGuidance
+from sdg_core.method import StyleGuidance
 
 DOWNLOAD = "download by tag"
 GUIDED = (

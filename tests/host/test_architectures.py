@@ -17,9 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdg_core.checkpoint import save_noisy_clip
-from sdg_core.clip import build_clip
-from sdg_core.noisy_clip import NoisyCLIP, NoisyCLIPConfig
+from sdg_core.encoders import NoisyCLIP, NoisyCLIPConfig, build_clip, save_noisy_clip
 
 FAMILIES = ["SD15", "SDXL", "SD3", "Flux", "WAN21_T2V"]
 WHOLE = {"start_percent": 0.0, "end_percent": 1.0}

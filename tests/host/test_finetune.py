@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sdg_core.checkpoint import load_clip, load_noisy_clip
-from sdg_core.finetune_cli import bundled_renders
+from sdg_core.avatars import load_bundled_clip
+from sdg_core.commands.evaluate import bundled_renders
+from sdg_core.encoders import load_noisy_clip
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("sdg_test_server_finetune", Path(__file__).with_name("server.py"))
@@ -129,7 +130,7 @@ def test_cancelling_keeps_a_loadable_file_and_a_usable_host(server):
     print(f"answered after {time.monotonic() - begun:.1f} s")
     (file,) = set(kept(server)) - before
     assert file.name.startswith("cancelled_")
-    model, clean = load_noisy_clip(file), load_clip()
+    model, clean = load_noisy_clip(file), load_bundled_clip()
     image, t = torch.rand(1, 3, 32, 32), torch.tensor([300.0])
     assert not torch.equal(model(image, t, 6).embed, clean(image, t, 6).embed)
     assert " of 100000" in model.config.notes["steps"]
@@ -170,7 +171,7 @@ def test_names_that_are_no_file_names_are_refused(pack, run, noisy_clip):
 
 
 def test_a_latent_model_gives_its_linear_view(pack, run, latent_adm, autoencoder):
-    clean = load_clip()
+    clean = load_bundled_clip()
     made = pack.finetune.sight_of(clean, 16, latent_adm("eps"), autoencoder)
     assert made.view.name == "linear:made up"
     picture = torch.rand(2, 3, 32, 32) * 2 - 1

@@ -91,12 +91,12 @@ def posterior(pack):
 
     class Encoder(torch.nn.Module):
         reads, view = "noisy", "pixels"
-        table = pack.core_schedule.TimestepTable.from_name("linear")
+        table = pack.method.TimestepTable.from_name("linear")
         full_depth = 2
 
         def __call__(self, image, t, depth):
             ratio = self.table.sigma(t).float()
-            return pack.core_features.Features((image,), 1 / (1 + ratio.square()))
+            return pack.method.Features((image,), 1 / (1 + ratio.square()))
 
         def noise_gain(self, height, width):
             return 1.0
@@ -107,15 +107,15 @@ def posterior(pack):
             return 1
 
         def target(self, look):
-            return pack.core_features.Features(())
+            return pack.method.Features(())
 
         def score(self, features, target):
             u, abar = features.maps[0], features.embed.view(-1, 1, 1, 1)
             return -((Y - abar.sqrt() * u).square() / (2 * (1 - abar + TAU**2))).flatten(1).sum(1)
 
     encoder = Encoder()
-    term = pack.core_guidance.Term(LogLikelihood(), encoder, 1.0)
-    return pack.host.HostGuidance((term,), (pack.patchers.patch_module(encoder),))
+    term = pack.method.Term(LogLikelihood(), encoder, 1.0)
+    return pack.host.HostGuidance((term,), (pack.memory.patch_module(encoder),))
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdg_core import checkpoint, guidance, sampling
-from sdg_core import world as worlds
-from sdg_core.guide import GuidanceRun, Strength
-from sdg_core.schedule import Convention
+from sdg_core import avatars as worlds
+from sdg_core import encoders, models
+from sdg_core import method as guidance
+from sdg_core.method import Convention, GuidanceRun, Strength
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "example_workflows").glob("*.json"))}
@@ -41,7 +41,7 @@ TRAINING = ["finetune"]
 @pytest.fixture(scope="module")
 def random_weights() -> bool:
     """Whether the bundled weights are missing."""
-    return not all((checkpoint.BUNDLED / f"{kind}.safetensors").is_file() for kind in KINDS)
+    return not all((worlds.BUNDLED / f"{kind}.safetensors").is_file() for kind in KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,8 @@ def pixels(file: bytes) -> np.ndarray:
 def evaluate(installed) -> Callable[[dict, str], Tensor]:
     """evaluate(prompt, node id) -> that node's output, computed by the core alone."""
     avatars = installed / "custom_nodes/semantic-diffusion-guidance/sdg_core/avatars"
-    denoiser = sampling.ADMDenoiser(checkpoint.load_adm(avatars / "adm.safetensors"))
-    clip = checkpoint.load_noisy_clip(avatars / "noisy_clip.safetensors")
+    denoiser = models.ADMDenoiser(models.load_adm(avatars / "adm.safetensors"))
+    clip = encoders.load_noisy_clip(avatars / "noisy_clip.safetensors")
 
     def term(kind, values, prompt):
         image = None if kind == "SDGTextGuidance" else go(prompt, values["image"][0])
@@ -95,14 +95,12 @@ def evaluate(installed) -> Callable[[dict, str], Tensor]:
 
     def sample(values, prompt):
         terms = go(prompt, values["guidance"][0])
-        state = GuidanceRun(
-            terms, Convention.VE, sampling.percent_to_sigma(denoiser.table), Strength(cap=values["cap"])
-        )
-        sigmas = sampling.normal_sigmas(denoiser.table, values["steps"])
+        state = GuidanceRun(terms, Convention.VE, models.percent_to_sigma(denoiser.table), Strength(cap=values["cap"]))
+        sigmas = models.normal_sigmas(denoiser.table, values["steps"])
         size = prompt[values["latent_image"][0]]["inputs"]
         generator = torch.Generator().manual_seed(values["seed"])
         noise = torch.randn(size["batch_size"], 3, size["height"], size["width"], generator=generator)
-        *_, last = sampling.euler(sampling.guided(denoiser, state), sampling.initial(noise, sigmas[0]), sigmas)
+        *_, last = models.euler(models.guided(denoiser, state), models.initial(noise, sigmas[0]), sigmas)
         return ((last.x + 1) / 2).clamp(0, 1) * 2 - 1  # a picture of the host is 0..1: this rounds as it does
 
     def go(prompt: dict, number: str):

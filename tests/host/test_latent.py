@@ -194,21 +194,19 @@ def test_host_euler_gives_the_cores_latent(
     comfy, pack, run, models_folder, latent_adm, routes, autoencoder, prediction, route
 ):
     """The core's own denoiser and views, from the same files, in the latents' own scale."""
-    load = pack.core_checkpoint
-    denoiser = pack.core_sampling.ADMDenoiser(load.load_adm(models_folder / f"adm/latent_{prediction}.safetensors"))
+    load = pack.models
+    denoiser = load.ADMDenoiser(load.load_adm(models_folder / f"adm/latent_{prediction}.safetensors"))
     space = denoiser.unet.config.latent_format
     decoder = load.load_tiny_autoencoder(models_folder / "latent/autoencoder.safetensors").decoder
     view = space.tiny_view(decoder) if route == "clean decoded" else space.linear_view()
     terms = routes[route]["guidance"].terms
-    state = pack.core_guide.GuidanceRun(
-        terms, denoiser.convention, denoiser.percent_to_sigma(), pack.core_guide.Strength("relative", 0.5),
+    state = pack.method.GuidanceRun(
+        terms, denoiser.convention, denoiser.percent_to_sigma(), pack.method.Strength("relative", 0.5),
         lambda encoder: view, 1.0,
     )  # fmt: skip
     sigmas = denoiser.sigmas(6)
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(7))
-    *_, last = pack.core_sampling.euler(
-        pack.core_sampling.guided(denoiser, state), denoiser.initial(noise, sigmas), sigmas
-    )
+    *_, last = pack.models.euler(pack.models.guided(denoiser, state), denoiser.initial(noise, sigmas), sigmas)
     model = run("SDGApplyGuidance", model=latent_adm(prediction), **routes[route])
     seen = custom(comfy, model, sigmas, noise)
     assert difference(seen, last.x / space.scale + space.shift) < 1e-3
@@ -283,13 +281,13 @@ def test_vae_view_is_the_hosts_own_decode(comfy, pack, sd15, clean_clip, kl_vae,
 def test_gradient_through_a_vae_is_the_finite_difference(pack, sd15, text, clean_clip, kl_vae):
     term = text(clean_clip).terms[0]
     ones = torch.ones(1)
-    sight = pack.core_gradient.Sight(decoded_view(pack, sd15, clean_clip, kl_vae), ones, torch.zeros(1))
-    target = pack.core_gradient.Target(term.guidance.target(None))
+    sight = pack.method.Sight(decoded_view(pack, sd15, clean_clip, kl_vae), ones, torch.zeros(1))
+    target = pack.method.Target(term.guidance.target(None))
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def gradient(x):
         with torch.inference_mode():
-            return pack.core_gradient.score_gradient(term.encoder, [term], ones[None], [target], x, sight)
+            return pack.method.score_gradient(term.encoder, [term], ones[None], [target], x, sight)
 
     grad, _ = gradient(x)
     direction, step = grad / grad.norm(), 0.004
@@ -299,7 +297,7 @@ def test_gradient_through_a_vae_is_the_finite_difference(pack, sd15, text, clean
 
 
 def test_autoencoder_is_a_vae_of_the_host(comfy, pack, models_folder, latent_adm, autoencoder):
-    load, space = pack.core_checkpoint, latent_adm("eps").model.diffusion_model.config.latent_format
+    load, space = pack.models, latent_adm("eps").model.diffusion_model.config.latent_format
     model = load.load_tiny_autoencoder(models_folder / "latent/autoencoder.safetensors")
     x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -322,9 +320,9 @@ def test_decoder_memory_is_reserved(pack, sd15, clean_clip, kl_vae):
     guidance, asked = pack.host.HostGuidance((), (clean_clip,)), []
     shape, choices = torch.Size([16, 4, 32, 32]), [("linear",), ("decoded", kl_vae)]
     for choice in choices:
-        sights = pack.host.see(sd15, guidance, pack.views.ViewChoice(*choice))
-        pack.host._memory_reserver(sights)(lambda model, shape, conds: asked.append(shape[0]), sd15, shape, {})
-    one, needed = sd15.memory_required([2, 4, 32, 32]), pack.patchers.decoder_bytes(kl_vae.first_stage_model, shape, 8)
+        sights = pack.views.see(sd15, guidance, pack.views.ViewChoice(*choice))
+        pack.seam._memory_reserver(sights)(lambda model, shape, conds: asked.append(shape[0]), sd15, shape, {})
+    one, needed = sd15.memory_required([2, 4, 32, 32]), pack.memory.decoder_bytes(kl_vae.first_stage_model, shape, 8)
     assert asked[0] > 16
     assert abs((asked[1] - asked[0]) * one - 16 * needed) <= one
 
@@ -461,9 +459,9 @@ def test_guidance_adds_the_cores_shift_to_what_cfg_areas_and_masks_gave(
         custom(comfy, model, sigma, noise, cfg, positive, negative) * scale
         for model in (sd15, run("SDGApplyGuidance", model=sd15, guidance=guidance, strength="absolute", cap=1.0))
     )
-    sights = pack.host.see(sd15, guidance, pack.views.ViewChoice())
-    state = pack.host.open_run(sd15, guidance.terms, pack.core_guide.Strength(), sights)
-    shift = pack.core_guide.guidance_shift(plain, noise * 2, sigma[:1], state)
+    sights = pack.views.see(sd15, guidance, pack.views.ViewChoice())
+    state = pack.seam.open_run(sd15, guidance.terms, pack.method.Strength(), sights)
+    shift = pack.method.guidance_shift(plain, noise * 2, sigma[:1], state)
     assert shift.square().mean().sqrt() > 1e-2
     assert (guided - plain - shift).abs().max() < 1e-3 * shift.abs().max()
 
@@ -552,7 +550,7 @@ def test_a_crossfade_in_the_middle_is_neither(sample, text, latent_adm, pair, li
 
 def test_each_encoder_of_a_crossfade_has_its_own_view(pack, text, latent_adm, pair, autoencoder):
     guidance = text(pair(-1))
-    sights = pack.host.see(latent_adm("eps"), guidance, pack.views.ViewChoice("auto", autoencoder))
+    sights = pack.views.see(latent_adm("eps"), guidance, pack.views.ViewChoice("auto", autoencoder))
     assert [sights.view_of(term.encoder).name for term in guidance.terms] == ["linear:made up", "decoded"]
 
 
@@ -570,7 +568,7 @@ def test_a_crossfade_the_wrong_way_round_is_refused(run, pair, linear_noisy_clip
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_out_of_memory_takes_the_gradient_in_parts(pack, sample, latent_adm, routes, monkeypatch, caplog, route):
-    model, gradient, sizes = latent_adm("eps"), pack.core_gradient.score_gradient, []
+    model, gradient, sizes = latent_adm("eps"), pack.gradient.score_gradient, []
     whole = sample(model, **routes[route], batch=4)
 
     def short_of_memory(encoder, terms, weights, targets, x, sight):
@@ -579,7 +577,7 @@ def test_out_of_memory_takes_the_gradient_in_parts(pack, sample, latent_adm, rou
             raise torch.OutOfMemoryError("Tried to allocate too much.")
         return gradient(encoder, terms, weights, targets, x, sight)
 
-    monkeypatch.setattr(pack.core_gradient, "score_gradient", short_of_memory)
+    monkeypatch.setattr(pack.gradient, "score_gradient", short_of_memory)
     with caplog.at_level(logging.WARNING):
         parts = sample(model, **routes[route], batch=4)
     assert sizes == [4, *[2, 2] * 4]
@@ -619,7 +617,7 @@ def test_cancelling_ends_the_run_within_a_step_and_leaves_nothing(
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(7))
     before = custom(comfy, model, sigmas, noise)
     states, steps, times = [], [], []
-    original = pack.host.open_run
+    original = pack.seam.open_run
 
     def spy(*args):
         state = original(*args)
@@ -632,7 +630,7 @@ def test_cancelling_ends_the_run_within_a_step_and_leaves_nothing(
             times.append(time.perf_counter())
             comfy.model_management.interrupt_current_processing(True)
 
-    monkeypatch.setattr(pack.host, "open_run", spy)
+    monkeypatch.setattr(pack.seam, "open_run", spy)
     try:
         custom(comfy, model, sigmas, noise, callback=cancel)
     except comfy.model_management.InterruptProcessingException:

@@ -85,7 +85,7 @@ def test_wrong_files_are_explained(run, models_folder, tmp_path_factory):
 
 
 def test_missing_bundled_weights_are_explained(run, pack, monkeypatch, tmp_path):
-    monkeypatch.setattr(pack.host, "BUNDLED", tmp_path)
+    monkeypatch.setattr(pack.files, "BUNDLED", tmp_path)
     name = pack.host.BUNDLED_NAME
     wrong(run, r"bundled model avatars \(bundled\) is missing", "SDGLoadADM", adm_name=name)
     wrong(run, "install this node pack again", "SDGLoadCLIP", clip_name=name, architecture="RN50", pretrained="")
@@ -159,9 +159,9 @@ def test_sizes_and_shapes_that_do_not_fit_are_refused(run, adm, text):
 @pytest.fixture
 def published_name(pack, models_folder, monkeypatch):
     """The name of a published checkpoint in models/noisy_clip: its layout, but a small model instead of RN50x16."""
-    published, path = pack.core_published, models_folder / "noisy_clip/published.pt"
-    encoder = pack.core_checkpoint.load_noisy_clip(models_folder / "noisy_clip/random.safetensors")
-    monkeypatch.setattr(published, "CONFIG", encoder.config)
+    published, path = pack.published, models_folder / "noisy_clip/published.pt"
+    encoder = pack.encoders.load_noisy_clip(models_folder / "noisy_clip/random.safetensors")
+    monkeypatch.setattr(published, "config", lambda: encoder.config)
     state = {name: value for name, value in encoder.state_dict().items() if not name.startswith("text.")}
     torch.save({published.published_name(name): value for name, value in state.items()}, path)
     yield path.name
@@ -192,11 +192,11 @@ def test_a_published_checkpoint_says_where_text_comes_from(run, published_name):
 
 
 def test_text_comes_from_another_loader_that_keeps_its_own(pack, run, adm, published_name):
-    core, config = pack.core_clip, pack.core_published.CONFIG.clip
+    core, config = pack.encoders, pack.published.config().clip
     with torch.random.fork_rng():
         torch.manual_seed(3)
         clip = core.CleanCLIP(core.build_clip(config), 32, config=config).requires_grad_(False).eval()
-    lender, said = pack.patchers.patch_module(clip), clip.encode_text(["a"])
+    lender, said = pack.memory.patch_module(clip), clip.encode_text(["a"])
     encoders = [run("SDGLoadNoisyCLIP", noisy_clip_name=published_name, text_from=lender) for _ in range(2)]
     assert guided(run, adm, "SDGTextGuidance", noisy_clip=encoders[0], text="a")[1] > 0.01
     for encoder in (lender, *encoders):
@@ -247,7 +247,7 @@ def test_empty_pixel_latent_has_one_cell_for_each_pixel(run):
 
 def test_core_is_free_of_the_host():
     banned = ("comfy", "folder_paths", "nodes")
-    for path in (ROOT / "sdg_core").glob("*.py"):
+    for path in (ROOT / "sdg_core").rglob("*.py"):
         for line in path.read_text().splitlines():
             words = line.split()
             assert not (words[:1] in (["import"], ["from"]) and words[1].split(".")[0] in banned), (path.name, line)

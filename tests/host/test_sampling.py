@@ -172,13 +172,13 @@ def test_weights_moved_in_inference_mode_still_guide(run, sample, adm, text):
 
 def test_state_of_a_run_is_dropped_also_when_interrupted(comfy, pack, sample, adm, text, monkeypatch):
     opened = []
-    original = pack.host.open_run
+    original = pack.seam.open_run
 
     def spy(*args):
         opened.append(original(*args))
         return opened[-1]
 
-    monkeypatch.setattr(pack.host, "open_run", spy)
+    monkeypatch.setattr(pack.seam, "open_run", spy)
     comfy.model_management.interrupt_current_processing(True)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         sample(adm, text)
@@ -214,10 +214,10 @@ def test_two_applied_guidances_add_up(comfy, run, sample, adm, noisy_clip):
 
 def test_gradient_memory_is_reserved(pack, adm, noisy_clip):
     asked = []
-    sights = pack.host.see(adm, pack.host.HostGuidance((), (noisy_clip,)), pack.views.ViewChoice())
-    reserve = pack.host._memory_reserver(sights)
+    sights = pack.views.see(adm, pack.host.HostGuidance((), (noisy_clip,)), pack.views.ViewChoice())
+    reserve = pack.seam._memory_reserver(sights)
     reserve(lambda model, shape, conds: asked.append(shape), adm, torch.Size([4, 3, 16, 16]), {})
-    needed = 4 * pack.patchers.activation_bytes(noisy_clip.model)
+    needed = 4 * pack.memory.activation_bytes(noisy_clip.model)
     ((batch, *rest),) = asked
     assert rest == [3, 16, 16]
     assert adm.memory_required([2 * (batch - 4), *rest]) >= needed > 0
@@ -229,32 +229,31 @@ def test_gradient_memory_is_reserved(pack, adm, noisy_clip):
 @pytest.fixture(scope="module")
 def core(pack, models_folder):
     """The core's own denoiser, and runs with the same text guidance, from the same files."""
-    load = pack.core_checkpoint
-    denoiser = pack.core_sampling.ADMDenoiser(load.load_adm(models_folder / "adm/random.safetensors"))
-    clip = load.load_noisy_clip(models_folder / "noisy_clip/random.safetensors")
-    term = pack.core_guidance.Term(pack.core_guidance.TextGuidance(clip.encode_text(["a red hat"])), clip, 150.0)
+    denoiser = pack.models.ADMDenoiser(pack.models.load_adm(models_folder / "adm/random.safetensors"))
+    clip = pack.encoders.load_noisy_clip(models_folder / "noisy_clip/random.safetensors")
+    term = pack.method.Term(pack.method.TextGuidance(clip.encode_text(["a red hat"])), clip, 150.0)
 
     def open_run(cap):
-        convention, strength = pack.core_schedule.Convention.VE, pack.core_guide.Strength(cap=cap)
-        to_sigma = pack.core_sampling.percent_to_sigma(denoiser.table)
-        return pack.core_guide.GuidanceRun((term,), convention, to_sigma, strength)
+        convention, strength = pack.method.Convention.VE, pack.method.Strength(cap=cap)
+        to_sigma = pack.models.percent_to_sigma(denoiser.table)
+        return pack.method.GuidanceRun((term,), convention, to_sigma, strength)
 
     return denoiser, open_run
 
 
 def start(pack, denoiser, steps, seed=7):
     """The core's first x and sigmas, with the host's noise for this seed."""
-    sigmas = pack.core_sampling.normal_sigmas(denoiser.table, steps)
+    sigmas = pack.models.normal_sigmas(denoiser.table, steps)
     noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
-    return pack.core_sampling.initial(noise, sigmas[0]), sigmas
+    return pack.models.initial(noise, sigmas[0]), sigmas
 
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_host_euler_gives_the_cores_picture(pack, sample, adm, text, core, guided):
     denoiser, open_run = core
     x, sigmas = start(pack, denoiser, 10)
-    denoise = pack.core_sampling.guided(denoiser, open_run(1.0)) if guided else denoiser
-    *_, last = pack.core_sampling.euler(denoise, x, sigmas)
+    denoise = pack.models.guided(denoiser, open_run(1.0)) if guided else denoiser
+    *_, last = pack.models.euler(denoise, x, sigmas)
     assert (sample(adm, text if guided else None, steps=10) - last.x).abs().max() < 1e-3
 
 
@@ -263,7 +262,7 @@ def test_paper_sampler_gives_the_cores_picture(comfy, pack, run, adm, text, core
     denoiser, open_run = core
     x, sigmas = start(pack, denoiser, 10)
     generator = torch.Generator().manual_seed(7 + 1)
-    *_, last = pack.core_sampling.paper(denoiser.predict, x, sigmas, generator, open_run(None) if guided else None)
+    *_, last = pack.models.paper(denoiser.predict, x, sigmas, generator, open_run(None) if guided else None)
     sampler = run("SDGPaperSampler", guidance=text if guided else None)
     assert (custom(comfy, adm, sampler, sigmas) - last.x).abs().max() < 1e-3
 

@@ -1,0 +1,54 @@
+"""All that is peculiar to ComfyUI, each trick in one file with its why. Nodes use what is named here.
+
+``files`` and ``text`` (its folders, its words on nodes), ``encoders`` (what sockets carry), ``scaling``, ``views`` and
+``conditioning`` (its models in the terms of ``sdg_core``), ``memory`` (its model management), ``seam`` (where guidance
+enters a run), ``adm``, ``vae`` and ``paper`` (models and a sampler that it does not have).
+"""
+
+from .adm import load_adm_model
+from .conditioning import blank_conditioning, conditioning
+from .encoders import EncoderPair, HostGuidance, NoisyCLIPValue, encoder_parts, load_encoder, single_encoder
+from .files import (
+    BUNDLED_NAME,
+    download_folder,
+    fingerprint,
+    latent_world_file,
+    model_names,
+    model_path,
+    register_folders,
+)
+from .memory import activation_bytes, patch_module
+from .paper import paper_sampler
+from .seam import attach
+from .text import NodeText
+from .vae import host_vae
+from .views import VIEWS, ViewChoice, downscale_of, linear_view
+
+__all__ = [
+    "BUNDLED_NAME",
+    "VIEWS",
+    "EncoderPair",
+    "HostGuidance",
+    "NodeText",
+    "NoisyCLIPValue",
+    "ViewChoice",
+    "activation_bytes",
+    "attach",
+    "blank_conditioning",
+    "conditioning",
+    "download_folder",
+    "downscale_of",
+    "encoder_parts",
+    "fingerprint",
+    "host_vae",
+    "latent_world_file",
+    "linear_view",
+    "load_adm_model",
+    "load_encoder",
+    "model_names",
+    "model_path",
+    "paper_sampler",
+    "patch_module",
+    "register_folders",
+    "single_encoder",
+]

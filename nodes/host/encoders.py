@@ -1,0 +1,50 @@
+"""What the pack's two sockets carry: encoders under the host's memory management, and guidance with its encoders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import comfy.model_management as mm
+import comfy.model_patcher
+
+from ...sdg_core.encoders import CleanCLIP
+from ...sdg_core.method import Fade, Term
+from .memory import make_resident
+
+
+@dataclass(frozen=True, eq=False)
+class HostGuidance:
+    """What the SDG_GUIDANCE socket carries: terms, and the patchers through which the host loads their encoders."""
+
+    terms: tuple[Term, ...]
+    patchers: tuple[comfy.model_patcher.ModelPatcher, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderPair:
+    """Two encoders in one NOISY_CLIP socket: one reads at high noise, the other at low, and they cross over."""
+
+    parts: tuple[tuple[comfy.model_patcher.ModelPatcher, Fade], ...]
+
+
+NoisyCLIPValue = comfy.model_patcher.ModelPatcher | EncoderPair
+"""What the NOISY_CLIP socket carries."""
+
+
+def encoder_parts(value: NoisyCLIPValue) -> tuple[tuple[comfy.model_patcher.ModelPatcher, Fade | None], ...]:
+    """The encoders of a socket, each with where it reads."""
+    return value.parts if isinstance(value, EncoderPair) else ((value, None),)
+
+
+def single_encoder(value: NoisyCLIPValue, name: str) -> comfy.model_patcher.ModelPatcher:
+    """The one encoder of a socket. Raises ValueError for a pair."""
+    if isinstance(value, EncoderPair):
+        raise ValueError(f"The input {name} is a crossfade of two encoders already. Connect a single one.")
+    return value
+
+
+def load_encoder(patcher: comfy.model_patcher.ModelPatcher) -> CleanCLIP:
+    """The encoder, whole, on its device, for use outside a sampling run."""
+    mm.load_models_gpu([patcher])
+    make_resident(patcher.model, patcher.load_device)
+    return patcher.model

@@ -1,0 +1,85 @@
+"""Where the host keeps model files, and the models that come with the pack."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+from ...sdg_core.avatars import BUNDLED
+
+BUNDLED_NAME = "avatars (bundled)"
+FOLDERS = {
+    "noisy_clip": {".safetensors", ".pt", ".pth"},
+    "adm": {".safetensors", ".pt", ".pth"},
+    "open_clip": {".safetensors", ".pt", ".pth", ".bin"},
+}
+
+
+def register_folders() -> None:
+    """Makes models/noisy_clip and models/adm known, beside what extra_model_paths.yaml says.
+
+    ``add_model_folder_path`` would do, but it gives a new folder no list of extensions, and then every file is listed.
+    """
+    for name, extensions in FOLDERS.items():
+        paths, _ = folder_paths.folder_names_and_paths.get(name, ([], set()))
+        own = os.path.join(folder_paths.models_dir, name)
+        folder_paths.folder_names_and_paths[name] = (paths if own in paths else [*paths, own], extensions)
+
+
+def bundled_files(folder: str) -> dict[str, Path]:
+    """Names and files of the models of a kind that come with the pack. Those of the latent test world are in the
+    repository, not in the registry's package, so only what is there is offered."""
+    world = {
+        "avatars latent": "latent/noisy_clip",
+        **{f"avatars latent {k}": f"latent/{k}" for k in ("eps", "v", "flow")},
+    }
+    names = {"adm": ["avatars latent eps", "avatars latent v", "avatars latent flow"], "noisy_clip": ["avatars latent"]}
+    files = {f"{name} (bundled)": BUNDLED / f"{world[name]}.safetensors" for name in names.get(folder, [])}
+    first = {"open_clip": "clip"}.get(folder, folder)
+    return {BUNDLED_NAME: BUNDLED / f"{first}.safetensors", **{n: path for n, path in files.items() if path.is_file()}}
+
+
+def model_names(folder: str) -> list[str]:
+    """What a loader offers: the bundled models, then the files of the model folder."""
+    return [*bundled_files(folder), *folder_paths.get_filename_list(folder)]
+
+
+def model_path(folder: str, name: str) -> Path:
+    """The file behind a name of ``model_names``. Raises ValueError where it is missing."""
+    if name.endswith("(bundled)"):
+        path = bundled_files(folder).get(name)
+        if path is None or not path.is_file():
+            raise ValueError(
+                f"The bundled model {name} is missing. The avatars come with every installation (install this node "
+                f"pack again), the latent ones with its repository only. Or choose a file in models/{folder}."
+            )
+        return path
+    found = folder_paths.get_full_path(folder, name)
+    if found is None:
+        raise ValueError(f"There is no file {name} in models/{folder}. Put it there, or choose another.")
+    return Path(found)
+
+
+def latent_world_file(name: str) -> Path:
+    """A file of the bundled latent models. Raises ValueError where this installation came without them."""
+    path = BUNDLED / "latent" / f"{name}.safetensors"
+    if not path.is_file():
+        raise ValueError(
+            f"{path.name} of the bundled latent models is missing: they come with this pack's repository, not with the "
+            "registry's package. Install from the repository, or use models of your own."
+        )
+    return path
+
+
+def download_folder(folder: str) -> Path:
+    """Where downloads of a kind of model go."""
+    return Path(folder_paths.get_folder_paths(folder)[0])
+
+
+def fingerprint(folder: str, name: str) -> str:
+    """Changes when the file does, so that the host's cache of the loaded model does too."""
+    path = model_path(folder, name)
+    stat = path.stat()
+    return f"{path}:{stat.st_mtime_ns}:{stat.st_size}"

@@ -1,0 +1,59 @@
+"""Modules of this pack under the host's memory management."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ...sdg_core.encoders import CleanCLIP
+
+# CoreModelPatcher (ComfyUI 0.12 and newer) keeps plain torch modules fully resident under dynamic memory management.
+Patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+
+
+def patch_module(module: nn.Module) -> comfy.model_patcher.ModelPatcher:
+    """An encoder or decoder that the host loads beside the model."""
+    return Patcher(module, load_device=mm.get_torch_device(), offload_device=mm.text_encoder_offload_device())
+
+
+def make_resident(module: nn.Module, device: torch.device) -> None:
+    """Moves what the host left behind: short of memory it loads leaf modules only, and never a module's own
+    parameters (CLIP's positional embedding) or buffers, but calls the model loaded all the same."""
+    if any(t.device.type != device.type for t in chain(module.parameters(), module.buffers())):
+        module.to(device)
+
+
+def activation_bytes(clip: CleanCLIP) -> int:
+    """Memory that the gradient of one picture takes: every layer's float32 output, forward and backward.
+
+    Counted in a pass on the meta device, which computes nothing.
+    """
+    size, total = clip.image_size, 0
+
+    def count(layer: nn.Module, inputs: tuple, output: object) -> None:
+        nonlocal total
+        total += 4 * output.numel() if isinstance(output, Tensor) else 0
+
+    hooks = [layer.register_forward_hook(count) for layer in clip.tower.modules() if not list(layer.children())]
+    weights = {name: t.to("meta") for name, t in chain(clip.named_parameters(), clip.named_buffers())}
+    image, t = torch.empty(1, 3, size, size, device="meta"), torch.empty(1, device="meta")
+    try:
+        with torch.no_grad():
+            functional_call(clip, weights, (image, t, clip.full_depth))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return 2 * total
+
+
+def decoder_bytes(decoder: nn.Module, latent_size: torch.Size, upscale: int) -> int:
+    """Roughly what the gradient of one decoded picture takes: the widest layers' outputs, at full size, in float32."""
+    widest = max((m.out_channels for m in decoder.modules() if isinstance(m, nn.Conv2d)), default=64)
+    layers = sum(isinstance(m, nn.Conv2d) for m in decoder.modules())
+    height, width = latent_size[-2:]
+    return 4 * widest * layers * height * width * upscale**2 // 4

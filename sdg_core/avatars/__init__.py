@@ -1,0 +1,56 @@
+"""The bundled world of avatars: small trained models, a judge that shares no weights with them, and what they measure.
+
+``files`` says where the models are, ``world`` opens and samples them, ``judge`` and ``metrics`` measure pictures,
+``evaluate`` measures guidance, ``demo`` draws the first picture.
+"""
+
+from .demo import draw_demo
+from .evaluate import SUITES, Row, Settings, as_json, evaluate
+from .files import BUNDLED, NAME, bundled_latent_encoder, latent_space, load_bundled_clip, load_renders, save_renders
+from .judge import Judge, load_judge
+from .world import (
+    CLEAN_INTERVAL,
+    CLEAN_SCALE,
+    NOISY_INTERVAL,
+    NOISY_SCALE,
+    SAMPLERS,
+    Pull,
+    World,
+    WorldName,
+    batch_noise,
+    load_world,
+    open_world,
+    sample,
+    seeded_noise,
+)
+
+__all__ = [
+    "BUNDLED",
+    "CLEAN_INTERVAL",
+    "CLEAN_SCALE",
+    "NAME",
+    "NOISY_INTERVAL",
+    "NOISY_SCALE",
+    "SAMPLERS",
+    "SUITES",
+    "Judge",
+    "Pull",
+    "Row",
+    "Settings",
+    "World",
+    "WorldName",
+    "as_json",
+    "batch_noise",
+    "bundled_latent_encoder",
+    "draw_demo",
+    "evaluate",
+    "latent_space",
+    "load_bundled_clip",
+    "load_judge",
+    "load_renders",
+    "load_world",
+    "open_world",
+    "sample",
+    "save_renders",
+    "seeded_noise",
+]

@@ -1,0 +1,479 @@
+"""The measured quality of guidance on the bundled world, judged by a classifier that shares no weights with the CLIP.
+
+Every guided picture has an unguided twin from the same seed. Each suite is a list of jobs (pulls, seeds) and a function
+from the pictures to rows, so that jobs can run in several processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatch
+from multiprocessing import get_context
+
+import torch
+from torch import Tensor
+
+from ..method import DEFAULT_SCALE, Convention, Strength, guide
+from .metrics import gram_distance, histogram_overlap, layout_correlation, nearest, spread
+from .world import LATENT_MODELS, ROUTES, STEPS, Kind, Pull, Sampler, World, WorldName, open_world, sample, seeded_noise
+
+STYLE_WORDS = {
+    "ink": "ink drawing",
+    "pixel": "pixel art",
+    "sketch": "sketch",
+    "blob": "blob",
+    "flat": "flat cartoon",
+    "grin": "grinning cartoon",
+    "toon": "toon",
+    "icon": "icon",
+}
+ATTRIBUTES = ("background", "hair", "glasses", "hat", "style")
+JUDGE_BAR = 0.9  # an attribute is scored only where the judge is right this often on held-out renders
+REFERENCES = 64
+LATENT_REFERENCES = 16  # fewer and larger batches
+BLOCK_SEEDS = 100_000  # seeds of a block
+CHUNK = 16  # pictures sampled together
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: over n samples, guided and unguided from the same seeds, and the value it should reach.
+
+    ``cost_ms``: what guidance adds to a step, a picture, where that was measured.
+    """
+
+    name: str
+    n: int
+    value: float
+    unguided: float
+    bar: float | None
+    cost_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """Pictures to sample: the same pulls for every seed."""
+
+    pulls: tuple[Pull, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the suite samples. ``samples`` is n of a row.
+
+    ``block`` picks seeds, references and joined prompts. The default scales were chosen on block 0, so its figures
+    flatter them; report block 1.
+    """
+
+    samples: int = 256
+    steps: int = 0  # 0: as the README's measurements, ``world.STEPS``
+    sampler: Sampler = "euler_ancestral"
+    strength: Strength = field(default_factory=Strength)
+    block: int = 1
+    processes: int = 0  # 0: one per core
+    world: WorldName = field(default_factory=WorldName)
+    references: int = REFERENCES
+    only: str = "*"  # which rows of the latent suite, as a pattern of their names
+
+
+def prompt(wish: Mapping[str, object]) -> str:
+    """The shortest prompt for some attributes: {"hair": "pink", "hat": True} -> "a person with pink hair and a hat"."""
+    things = {"glasses": "glasses", "hat": "a hat", "beard": "a beard"}
+    subject = STYLE_WORDS[str(wish["style"])] if "style" in wish else "a person"
+    parts = [things.get(name, f"{value} {name}") for name, value in wish.items() if name != "style"]
+    return subject + (" with " + " and ".join(parts) if parts else "")
+
+
+def scored_values(world: World, name: str) -> list[int]:
+    """Indices of an attribute's values that a prompt can ask for: all, or only True for what is there or not."""
+    values = world.judge.attributes[name]
+    return [1] if values == (False, True) else list(range(len(values)))
+
+
+def judge_accuracy(world: World) -> dict[str, float]:
+    """Share of held-out renders showing an attribute where the judge is right."""
+    verdict = world.judge.verdict(world.renders)
+    result = {}
+    for column, name in enumerate(world.judge.attributes):
+        truth = world.labels[:, column]
+        result[name] = float((verdict[name] == truth)[truth >= 0].float().mean())
+    return result
+
+
+# --- sampling, in one process or several -------------------------------------------------------------------------
+
+_worker_world = functools.lru_cache(maxsize=1)(open_world)
+
+
+def _worker() -> None:
+    torch.set_num_threads(1)
+
+
+def _run(job: Job, settings: Settings) -> Tensor:
+    world = _worker_world(settings.world)
+    channels, size, _ = world.denoiser.shape
+    noise = seeded_noise(job.seeds, size, channels)
+    steps = settings.steps or STEPS["latents" if settings.world.route else "pixels"]
+    return sample(
+        world, job.pulls, noise, steps=steps, sampler=settings.sampler, strength=settings.strength,
+        seed=job.seeds[0],
+    )  # fmt: skip
+
+
+def pictures(
+    pool: Executor, jobs: Sequence[Job], settings: Settings, progress: Callable[[int, int], None]
+) -> list[Tensor]:
+    """The pictures of every job, in order."""
+    done: list[Tensor] = []
+    for part in pool.map(_run, jobs, itertools.repeat(settings)):
+        done.append(part)
+        progress(len(done), len(jobs))
+    return done
+
+
+# --- suites ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Jobs, and the rows that their pictures and their unguided twins (both (N, 3, S, S), in job order) give."""
+
+    jobs: list[Job]
+    rows: Callable[[Tensor, Tensor], list[Row]]
+
+
+def spread_over(prompts: Sequence[tuple[Pull, ...]], settings: Settings) -> list[Job]:
+    """At least ``settings.samples`` pictures, shared evenly by the prompts; seeds run on through all of them."""
+    each = -(-settings.samples // len(prompts))
+    jobs, seed = [], settings.block * BLOCK_SEEDS
+    for pulls in prompts:
+        for start in range(0, each, CHUNK):
+            count = min(CHUNK, each - start)
+            jobs.append(Job(pulls, tuple(range(seed, seed + count))))
+            seed += count
+    return jobs
+
+
+def text_suite(world: World, wishes: list[dict[str, int]], settings: Settings, rows: Callable) -> Suite:
+    """Prompts that name the wished attributes; ``rows(hits, twin hits, pictures, twins, jobs)`` reads the outcome."""
+    values = world.judge.attributes
+    prompts = [(Pull("text", prompt({k: values[k][v] for k, v in wish.items()})),) for wish in wishes]
+    jobs = spread_over(prompts, settings)
+    by_prompt = {pulls[0].target: wish for pulls, wish in zip(prompts, wishes, strict=True)}
+    asked = [by_prompt[job.pulls[0].target] for job in jobs for _ in job.seeds]
+
+    def read(images: Tensor, twins: Tensor) -> list[Row]:
+        images, twins = images.clamp(-1, 1), twins.clamp(-1, 1)
+        return rows(hits(world, images, asked), hits(world, twins, asked), images, twins, jobs)
+
+    return Suite(jobs, read)
+
+
+def hits(world: World, images: Tensor, asked: Sequence[dict[str, int]]) -> Tensor:
+    """Whether the judge finds all that was asked for: (N,) of 0 and 1."""
+    verdict = world.judge.verdict(images)
+    return torch.tensor([float(all(verdict[k][i] == v for k, v in wish.items())) for i, wish in enumerate(asked)])
+
+
+def one_attribute(world: World, settings: Settings) -> list[Suite]:
+    """`text/<attribute>` where the judge can judge, their mean, and what over-guidance would cost."""
+    fit = judge_accuracy(world)
+    names = [name for name in ATTRIBUTES if fit[name] >= JUDGE_BAR]
+    found: dict[str, tuple[Row, list[tuple[float, float]], float]] = {}
+
+    def collect(name: str) -> Callable[..., list[Row]]:
+        def rows(hit: Tensor, twin_hit: Tensor, images: Tensor, twins: Tensor, jobs: list[Job]) -> list[Row]:
+            row = Row(f"text/{name}", len(hit), float(hit.mean()), float(twin_hit.mean()), 0.9)
+            found[name] = (row, spreads(world, images, twins, jobs), farther(world, images, twins))
+            return [row] + (overall(list(found.values())) if name == names[-1] else [])
+
+        return rows
+
+    wishes = {name: [{name: v} for v in scored_values(world, name)] for name in names}
+    return [text_suite(world, wishes[name], settings, collect(name)) for name in names]
+
+
+def overall(found: list[tuple[Row, list[tuple[float, float]], float]]) -> list[Row]:
+    """Means over the attributes: accuracy, spread within a prompt over unguided, distance to the nearest render."""
+    n = sum(row.n for row, *_ in found)
+    value, unguided = (_mean([getattr(row, key) for row, *_ in found]) for key in ("value", "unguided"))
+    ratios = [_mean([a / b for a, b in pairs]) for _, pairs, _ in found]
+    return [
+        Row("text/one attribute", n, value, unguided, 0.9),
+        Row("diversity", n, _mean(ratios), 1.0, 0.75),
+        Row("diversity/nearest render", n, _mean([near for *_, near in found]), 1.0, 1.12),
+    ]
+
+
+def farther(world: World, images: Tensor, twins: Tensor) -> float:
+    """Mean distance of the judge's features to the nearest held-out render, over that of the unguided twins."""
+    bank = world.judge.features(world.renders)
+    guided, plain = (float(nearest(world.judge.features(x), bank).mean()) for x in (images, twins))
+    return guided / plain
+
+
+def spreads(world: World, images: Tensor, twins: Tensor, jobs: list[Job]) -> list[tuple[float, float]]:
+    """Spread of the judge's features within each prompt, guided and unguided from the same seeds."""
+    groups: dict[object, list[int]] = {}
+    position = 0
+    for job in jobs:
+        groups.setdefault(job.pulls[0].target, []).extend(range(position, position + len(job.seeds)))
+        position += len(job.seeds)
+    guided, plain = world.judge.features(images), world.judge.features(twins)
+    return [(spread(guided[rows]), spread(plain[rows])) for rows in groups.values() if len(rows) > 1]
+
+
+def two_attributes(world: World, settings: Settings) -> list[Suite]:
+    """`text/two attributes`: 32 joined prompts, drawn by the block, from all pairs of different attributes."""
+    names = [name for name in ATTRIBUTES if judge_accuracy(world)[name] >= JUDGE_BAR]
+    wishes = [
+        {a: v, b: w}
+        for a, b in itertools.combinations(names, 2)
+        for v in scored_values(world, a)
+        for w in scored_values(world, b)
+        if possible(world, {a: v, b: w})
+    ]
+    order = torch.randperm(len(wishes), generator=torch.Generator().manual_seed(settings.block))[:32]
+
+    def rows(hit: Tensor, twin_hit: Tensor, *_: object) -> list[Row]:
+        return [Row("text/two attributes", len(hit), float(hit.mean()), float(twin_hit.mean()), 0.75)]
+
+    return [text_suite(world, [wishes[i] for i in order.tolist()], settings, rows)]
+
+
+def possible(world: World, wish: dict[str, int]) -> bool:
+    """Whether any held-out render shows the pair: a blob has no hair and a toon no glasses."""
+    columns = {name: i for i, name in enumerate(world.judge.attributes)}
+    found = torch.ones(len(world.labels), dtype=torch.bool)
+    for name, value in wish.items():
+        found &= world.labels[:, columns[name]] == value
+    return bool(found.any())
+
+
+def reference_suite(
+    world: World, kind: Kind, settings: Settings, rows: Callable[[Tensor, Tensor, Tensor], list[Row]]
+) -> Suite:
+    """Pictures guided by held-out renders that show hair; ``rows(pictures, twins, references)``."""
+    hair = list(world.judge.attributes).index("hair")
+    usable = torch.nonzero(world.labels[:, hair] >= 0).flatten()[settings.block * REFERENCES :][: settings.references]
+    prompts = [(Pull(kind, world.renders[i]),) for i in usable.tolist()]
+    jobs = spread_over(prompts, settings)
+    references = torch.cat([job.pulls[0].target[None].expand(len(job.seeds), -1, -1, -1) for job in jobs])
+    return Suite(jobs, lambda images, twins: rows(images.clamp(-1, 1), twins.clamp(-1, 1), references))
+
+
+def content(world: World, settings: Settings) -> list[Suite]:
+    def rows(images: Tensor, twins: Tensor, references: Tensor) -> list[Row]:
+        n = len(images)
+        return [
+            Row("content", n, *_agreement(world, "background", images, twins, references), 0.9),
+            Row("content/hair", n, *_agreement(world, "hair", images, twins, references), 0.8),
+            Row("content/layout", n, *_means(layout_correlation, images, twins, references), None),
+            Row("content/nearest render", n, farther(world, images, twins), 1.0, 1.12),
+        ]
+
+    return [reference_suite(world, "content", settings, rows)]
+
+
+def structure(world: World, settings: Settings) -> list[Suite]:
+    def rows(images: Tensor, twins: Tensor, references: Tensor) -> list[Row]:
+        return [
+            Row("structure", len(images), *_means(layout_correlation, images, twins, references), 0.8),
+            Row("structure/nearest render", len(images), farther(world, images, twins), 1.0, 1.12),
+        ]
+
+    return [reference_suite(world, "structure", settings, rows)]
+
+
+def style(world: World, settings: Settings) -> list[Suite]:
+    def rows(images: Tensor, twins: Tensor, references: Tensor) -> list[Row]:
+        n = len(images)
+        guided, plain = _means(lambda a, b: gram_distance(world.judge, a, b), images, twins, references)
+        return [
+            Row("style", n, guided / plain, 1.0, 1 / 3),
+            Row("style/histogram", n, *_means(histogram_overlap, images, twins, references), 0.55),
+            Row("style/drawing style", n, *_agreement(world, "style", images, twins, references), 0.55),
+            Row("style/layout", n, *_means(layout_correlation, images, twins, references), 0.4),
+            Row("style/nearest render", n, farther(world, images, twins), 1.0, 1.12),
+        ]
+
+    return [reference_suite(world, "style", settings, rows)]
+
+
+def finite(world: World, settings: Settings) -> list[Suite]:
+    """`finite`: share of finite pictures with every kind of guidance at 1, 10 and 100 times its default scale."""
+    prompts = [
+        (Pull(kind, "a person with glasses" if kind == "text" else world.renders[0], scale * factor),)
+        for kind, scale in DEFAULT_SCALE.items()
+        for factor in (1, 10, 100)
+    ]
+
+    def rows(images: Tensor, twins: Tensor) -> list[Row]:
+        share, plain = (float(torch.isfinite(x).flatten(1).all(dim=1).float().mean()) for x in (images, twins))
+        return [Row("finite", len(images), share, plain, 1.0)]
+
+    return [Suite(spread_over(prompts, settings), rows)]
+
+
+SUITES: dict[str, Callable[[World, Settings], list[Suite]]] = {
+    "text": one_attribute,
+    "pairs": two_attributes,
+    "content": content,
+    "structure": structure,
+    "style": style,
+    "finite": finite,
+}
+
+
+Progress = Callable[[str, int, int], None]
+
+
+def evaluate(names: Sequence[str], settings: Settings, progress: Progress = lambda *_: None) -> list[Row]:
+    """Rows of the named suites, in their order."""
+    processes = settings.processes or os.cpu_count() or 1
+    result: list[Row] = []
+    with ProcessPoolExecutor(processes, get_context("spawn"), _worker) as pool, torch.no_grad():
+        for name in names:
+            if name == "latent":
+                result += latent_rows(pool, settings, progress)
+            else:
+                result += suite_rows(pool, SUITES[name], settings, functools.partial(progress, name))
+    return result
+
+
+def suite_rows(
+    pool: Executor,
+    make: Callable[[World, Settings], list[Suite]],
+    settings: Settings,
+    progress: Callable[[int, int], None],
+    twins: dict[tuple[int, ...], Tensor] | None = None,
+) -> list[Row]:
+    """The rows of one suite in the world of the settings. ``twins`` keeps unguided pictures for suites that follow."""
+    world, result = _worker_world(settings.world), []
+    for suite in make(world, settings):
+        guided, plain = _with_twins(pool, suite.jobs, {} if twins is None else twins, settings, progress)
+        result += suite.rows(guided, plain)
+    return result
+
+
+def latent_rows(pool: Executor, settings: Settings, progress: Progress) -> list[Row]:
+    """`<eps|v|flow>/<route>/<text|content|style|structure>`: every latent model through every route."""
+    result: list[Row] = []
+    unguided: dict[str, dict[tuple[int, ...], Tensor]] = {}  # by model: they do not depend on the route
+    for model, route in itertools.product(LATENT_MODELS, ROUTES):
+        kinds = [kind for kind in LATENT_SUITES if fnmatch(f"{model}/{route}/{kind}", settings.only)]
+        if not kinds:
+            continue
+        world = replace(settings.world, model=model, route=route)
+        here = replace(settings, references=LATENT_REFERENCES, world=world)
+        cost = step_cost(_worker_world(here.world))
+        for kind in kinds:
+            name = f"{model}/{route}/{kind}"
+            twins = unguided.setdefault(model, {})
+            rows = suite_rows(pool, LATENT_SUITES[kind], here, functools.partial(progress, name), twins)
+            bar = 0.8 if kind == "text" and route == "noisy linear" else None
+            result += [replace(row, name=name, bar=bar, cost_ms=cost[kind]) for row in rows]
+    return result
+
+
+def step_cost(world: World, count: int = 8, times: int = 5) -> dict[str, float]:
+    """Milliseconds that guidance adds to a step, a picture, by kind: the fastest of some, on this process's threads."""
+    channels, size, _ = world.denoiser.shape
+    sigma = torch.full((count,), 0.6 if world.denoiser.convention is Convention.FLOW else 2.0)
+    x = seeded_noise(range(count), size, channels) * sigma[0]
+    denoised, result = world.denoiser(x, sigma), {}
+    for kind in LATENT_SUITES:
+        pull = Pull(kind, "a person with glasses" if kind == "text" else world.renders[0])
+        run = world.open_run((replace(world.term(pull), start=0.0, end=1.0),), Strength())
+        guide(denoised, x, sigma, run)  # the first looks at references
+        spans = []
+        for _ in range(times):
+            start = time.perf_counter()
+            guide(denoised, x, sigma, run)
+            spans.append(time.perf_counter() - start)
+        result[kind] = min(spans) / count * 1000
+    return result
+
+
+def latent_text(world: World, settings: Settings) -> list[Suite]:
+    """One-attribute prompts, as many pictures of every attribute that the judge can judge."""
+    fit = judge_accuracy(world)
+    names = [name for name in ATTRIBUTES if fit[name] >= JUDGE_BAR]
+    each = replace(settings, samples=-(-settings.samples // len(names)))
+    jobs, asked, seed = [], [], settings.block * BLOCK_SEEDS
+    for name in names:
+        for value in scored_values(world, name):
+            count = -(-each.samples // len(scored_values(world, name)))
+            pull = Pull("text", prompt({name: world.judge.attributes[name][value]}))
+            for start in range(0, count, CHUNK):
+                jobs.append(Job((pull,), tuple(range(seed + start, seed + min(start + CHUNK, count)))))
+            asked += [{name: value}] * count
+            seed += count
+
+    def rows(images: Tensor, twins: Tensor) -> list[Row]:
+        hit, plain = (float(hits(world, x, asked).mean()) for x in (images, twins))
+        return [Row("text", len(asked), hit, plain, None)]
+
+    return [Suite(jobs, rows)]
+
+
+def first_row(make: Callable[[World, Settings], list[Suite]]) -> Callable[[World, Settings], list[Suite]]:
+    """A suite that gives only its first row, the one that the kind is about."""
+
+    def first(world: World, settings: Settings) -> list[Suite]:
+        return [
+            Suite(suite.jobs, lambda images, twins, suite=suite: suite.rows(images, twins)[:1])
+            for suite in make(world, settings)
+        ]
+
+    return first
+
+
+LATENT_SUITES: dict[Kind, Callable[[World, Settings], list[Suite]]] = {
+    "text": latent_text,
+    "content": first_row(content),
+    "structure": first_row(structure),
+    "style": first_row(style),
+}
+
+
+def _with_twins(
+    pool: Executor,
+    jobs: Sequence[Job],
+    twins: dict[tuple[int, ...], Tensor],
+    settings: Settings,
+    progress: Callable[[int, int], None],
+) -> tuple[Tensor, Tensor]:
+    """The pictures of the jobs, and unguided ones from the same seeds, both in job order.
+
+    ``twins`` keeps the unguided ones by their seeds, for suites that share them.
+    """
+    seeds = sorted({job.seeds for job in jobs} - set(twins))
+    made = pictures(pool, [*jobs, *(Job((), s) for s in seeds)], settings, progress)
+    twins.update(zip(seeds, made[len(jobs) :], strict=True))
+    return torch.cat(made[: len(jobs)]), torch.cat([twins[job.seeds] for job in jobs])
+
+
+def as_json(rows: Sequence[Row]) -> dict[str, list[dict[str, object]]]:
+    """{"rows": [{"name", "n", "value", "unguided", "bar", "cost_ms"}]}."""
+    return {"rows": [asdict(row) for row in rows]}
+
+
+def _agreement(world: World, name: str, images: Tensor, twins: Tensor, references: Tensor) -> tuple[float, float]:
+    wanted = world.judge.verdict(references)[name]
+    return tuple(float((world.judge.verdict(x)[name] == wanted).float().mean()) for x in (images, twins))  # type: ignore[return-value]
+
+
+def _means(measure: Callable[[Tensor, Tensor], Tensor], images: Tensor, twins: Tensor, references: Tensor):
+    return tuple(float(measure(x, references).mean()) for x in (images, twins))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,64 @@
+"""Where the bundled models are, and the sheet of held-out renders that comes with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..encoders import CleanCLIP, load_clip
+from ..method import LatentFormat
+from ..models import latent_encoder, load_tiny_autoencoder, read_adm
+
+BUNDLED = Path(__file__).parent
+"""The folder of the small models that come with the pack: adm, clip, noisy_clip and judge, each ``.safetensors``, and
+those of the latent world in ``latent``."""
+
+NAME = "avatars"
+"""What the bundled CLIP and latents are called, as weights and as a latent format."""
+
+
+def load_bundled_clip(path: Path = BUNDLED / "clip.safetensors") -> CleanCLIP:
+    """The clean CLIP of the avatars, frozen, in eval mode."""
+    return load_clip(path, NAME)
+
+
+def latent_space(folder: Path = BUNDLED) -> LatentFormat:
+    """The latent space of the bundled latent models."""
+    space = read_adm(folder / "latent" / "v.safetensors")[0].latent_format
+    assert space is not None
+    return space
+
+
+def bundled_latent_encoder(folder: Path = BUNDLED) -> tuple[Callable[[Tensor], Tensor], int]:
+    """``latent_encoder`` of the bundled autoencoder: its latents are those of the bundled latent models."""
+    space, autoencoder = latent_space(folder), load_tiny_autoencoder(folder / "latent" / "autoencoder.safetensors")
+    return latent_encoder(autoencoder.encoder, space.scale, space.shift)
+
+
+def save_renders(path: Path, images: np.ndarray, labels: np.ndarray, columns: int = 64) -> None:
+    """Renders (N, S, S, 3) uint8 as one sheet, their labels (N, A) in its text chunk. N is a multiple of columns."""
+    from PIL.PngImagePlugin import PngInfo
+
+    N, S = images.shape[:2]
+    sheet = images.reshape(N // columns, columns, S, S, 3).transpose(0, 2, 1, 3, 4).reshape(-1, columns * S, 3)
+    info = PngInfo()
+    info.add_text("labels", json.dumps({"size": S, "labels": labels.tolist()}), zip=True)
+    Image.fromarray(sheet).save(path, pnginfo=info, optimize=True)
+
+
+def load_renders(path: Path) -> tuple[Tensor, Tensor]:
+    """The sheet of ``save_renders``: pictures (N, 3, S, S) in -1..1 and labels (N, A)."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}. Wanted: the sheet of renders that comes with the models.")
+    with Image.open(path) as file:
+        note = json.loads(file.text["labels"])
+        sheet = torch.from_numpy(np.asarray(file.convert("RGB")).copy())
+    S = note["size"]
+    tiles = sheet.unflatten(0, (-1, S)).unflatten(2, (-1, S)).permute(0, 2, 4, 1, 3).flatten(0, 1)
+    return tiles.float() / 127.5 - 1, torch.tensor(note["labels"])

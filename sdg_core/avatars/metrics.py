@@ -1,0 +1,53 @@
+"""How guided pictures are measured: plain statistics of pixels and of the judge's features. Nothing here knows CLIP."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..method import gram, squared_distance, squared_size
+from .judge import Judge
+
+
+def layout_correlation(image: Tensor, reference: Tensor, cells: int = 8) -> Tensor:
+    """Pearson correlation of the luminance of ``cells`` x ``cells`` areas: (B, 3, H, W) twice -> (B,)."""
+    a, b = (_luminance(F.adaptive_avg_pool2d(x, cells)).flatten(1) for x in (image, reference))
+    a, b = (x - x.mean(dim=1, keepdim=True) for x in (a, b))
+    return F.cosine_similarity(a, b, dim=1)
+
+
+def histogram_overlap(image: Tensor, reference: Tensor, bins: int = 4) -> Tensor:
+    """Shared part (0..1) of two RGB histograms with ``bins`` per channel: (B, 3, H, W) in -1..1 twice -> (B,)."""
+    return torch.minimum(_histogram(image, bins), _histogram(reference, bins)).sum(dim=1)
+
+
+def gram_distance(judge: Judge, image: Tensor, reference: Tensor, blocks: int = 3) -> Tensor:
+    """Relative squared Gram distance in the judge's first ``blocks`` maps, averaged: (B,). Not centred, as in SDG."""
+    a, b, distances = image, reference, []
+    for block in judge.body[:blocks]:
+        a, b = block(a), block(b)
+        wanted = gram(b, centred=False)
+        distances.append(squared_distance(gram(a, centred=False), wanted) / squared_size(wanted))
+    return torch.stack(distances).mean(dim=0)
+
+
+def spread(features: Tensor) -> float:
+    """Mean distance between different samples of a group (N, D)."""
+    return float(torch.pdist(features).mean())
+
+
+def nearest(features: Tensor, bank: Tensor) -> Tensor:
+    """Distance of every sample (N, D) to its nearest neighbour in a bank (M, D): (N,)."""
+    return torch.cdist(features, bank).min(dim=1).values
+
+
+def _luminance(image: Tensor) -> Tensor:
+    return (image * image.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(dim=1)
+
+
+def _histogram(image: Tensor, bins: int) -> Tensor:
+    level = ((image + 1) / 2 * bins).long().clamp(0, bins - 1)
+    code = (level[:, 0] * bins + level[:, 1]) * bins + level[:, 2]
+    counts = F.one_hot(code.flatten(1), bins**3).sum(dim=1)
+    return counts / counts.sum(dim=1, keepdim=True)

@@ -1,0 +1,209 @@
+"""The bundled avatars worlds, ready to sample: model, encoder, judge and held-out renders. Of pixels and of latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..encoders import CleanCLIP, load_noisy_clip
+from ..method import (
+    DEFAULT_INTERVAL,
+    DEFAULT_SCALE,
+    PIXEL_VIEW,
+    ContentGuidance,
+    Convention,
+    Guidance,
+    GuidanceRun,
+    Strength,
+    StructureGuidance,
+    StyleGuidance,
+    Term,
+    TextGuidance,
+    View,
+)
+from ..models import (
+    ADMDenoiser,
+    Step,
+    euler,
+    euler_ancestral,
+    euler_ancestral_flow,
+    guided,
+    load_adm,
+    load_tiny_autoencoder,
+    paper,
+)
+from .files import BUNDLED, load_bundled_clip, load_renders
+from .judge import Judge, load_judge
+
+Sampler = Literal["euler", "euler_ancestral", "paper"]
+SAMPLERS: tuple[Sampler, ...] = ("euler", "euler_ancestral", "paper")
+Kind = Literal["text", "content", "structure", "style"]
+
+
+NOISY_SCALE = {**DEFAULT_SCALE, "text": 500.0}
+NOISY_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.9)}
+"""Scales and intervals that the noisy CLIP was measured at on the latent models: their runs start at less noise."""
+
+CLEAN_SCALE = {"text": 600.0, "content": 600.0, "structure": 600.0, "style": 2000.0}
+CLEAN_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.95)}
+"""Scales and intervals that clean encoders were measured at on the latent models: they pull less, and need longer."""
+
+STEPS = {"pixels": 50, "latents": 20}
+"""Sampling steps of the measurements."""
+
+
+@dataclass(frozen=True)
+class Pull:
+    """One wish in plain words: a kind, a prompt or a reference picture (3, h, w) in -1..1, and a scale."""
+
+    kind: Kind
+    target: str | Tensor
+    scale: float | None = None
+
+
+Route = Literal["noisy linear", "clean linear", "clean decoded"]
+"""How an encoder looks at a latent model: a noisy CLIP at x_t, or a clean one at denoised, through which view."""
+ROUTES: tuple[Route, ...] = ("noisy linear", "clean linear", "clean decoded")
+LATENT_MODELS = ("eps", "v", "flow")
+
+
+@dataclass(frozen=True)
+class WorldName:
+    """Which world: the folder of its files, and, for the latent one, a model and a route."""
+
+    folder: Path = BUNDLED
+    model: str = ""
+    route: Route | None = None
+
+
+@dataclass(frozen=True)
+class World:
+    """Model, encoder and what measures them. ``renders`` (N, 3, 32, 32) in -1..1, ``labels`` (N, A), -1 unknown.
+
+    ``decode`` makes pictures of what the model draws. ``scales`` and ``intervals`` are the defaults by kind.
+    """
+
+    denoiser: ADMDenoiser
+    encoder: CleanCLIP
+    judge: Judge
+    renders: Tensor
+    labels: Tensor
+    view: View = PIXEL_VIEW
+    variance: float = 0.25
+    decode: Callable[[Tensor], Tensor] = lambda x: x
+    scales: Mapping[str, float] = field(default_factory=lambda: DEFAULT_SCALE)
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=lambda: DEFAULT_INTERVAL)
+
+    def open_run(self, terms: tuple[Term, ...], strength: Strength) -> GuidanceRun:
+        """The state of one sampling run of this world's model."""
+        to_sigma = self.denoiser.percent_to_sigma()
+        return GuidanceRun(
+            terms, self.denoiser.convention, to_sigma, strength, lambda encoder: self.view, self.variance
+        )
+
+    def term(self, pull: Pull) -> Term:
+        """The pull as a term, at the default scale and interval of its kind unless it has its own scale."""
+        scale = self.scales[pull.kind] if pull.scale is None else pull.scale
+        return Term(self._guidance(pull), self.encoder, scale, *self.intervals[pull.kind])
+
+    def _guidance(self, pull: Pull) -> Guidance:
+        if isinstance(pull.target, str):
+            with torch.no_grad():
+                return TextGuidance(self.encoder.encode_text([pull.target]))
+        kinds = {"content": ContentGuidance, "structure": StructureGuidance, "style": StyleGuidance}
+        return kinds[pull.kind](pull.target[None])
+
+
+def load_world(folder: Path = BUNDLED) -> World:
+    """The world of the bundled files. Raises FileNotFoundError, naming the file, where one is missing."""
+    renders, labels = load_renders(folder / "renders.png")
+    return World(
+        ADMDenoiser(load_adm(folder / "adm.safetensors")),
+        load_noisy_clip(folder / "noisy_clip.safetensors"),
+        load_judge(folder / "judge.safetensors"),
+        renders,
+        labels,
+    )
+
+
+def open_world(name: WorldName) -> World:
+    """The world of a name. Raises FileNotFoundError, naming the file, where one is missing."""
+    return load_world(name.folder) if name.route is None else load_latent_world(name)
+
+
+def load_latent_world(name: WorldName) -> World:
+    """A latent model with the encoder and view of the name's route; references and judge are the pixel world's."""
+    latent = name.folder / "latent"
+    denoiser = ADMDenoiser(load_adm(latent / f"{name.model}.safetensors"))
+    autoencoder = load_tiny_autoencoder(latent / "autoencoder.safetensors")
+    space = denoiser.unet.config.latent_format
+    assert space is not None
+    decoded = space.tiny_view(autoencoder.decoder)
+    noisy = name.route == "noisy linear"
+    if noisy:
+        encoder: CleanCLIP = load_noisy_clip(latent / "noisy_clip.safetensors")
+    else:
+        encoder = load_bundled_clip(name.folder / "clip.safetensors")
+    renders, labels = load_renders(name.folder / "renders.png")
+    return World(
+        denoiser,
+        encoder,
+        load_judge(name.folder / "judge.safetensors"),
+        renders,
+        labels,
+        decoded if name.route == "clean decoded" else space.linear_view(),
+        1.0,
+        lambda x: decoded.decode(x).clamp(-1, 1),
+        NOISY_SCALE if noisy else CLEAN_SCALE,
+        NOISY_INTERVAL if noisy else CLEAN_INTERVAL,
+    )
+
+
+def batch_noise(seed: int, count: int, size: int, channels: int = 3) -> Tensor:
+    """The noise that ComfyUI draws for a batch of this seed: (count, channels, size, size)."""
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded_noise(seeds: Sequence[int], size: int, channels: int = 3) -> Tensor:
+    """Noise of single pictures, each from its own seed, so that a batch equals single runs."""
+    return torch.cat([batch_noise(seed, 1, size, channels) for seed in seeds])
+
+
+def sample(
+    world: World,
+    pulls: Sequence[Pull],
+    noise: Tensor,
+    *,
+    steps: int = 50,
+    sampler: Sampler = "euler_ancestral",
+    strength: Strength | None = None,
+    seed: int = 0,
+    progress: Callable[[Step], None] = lambda step: None,
+) -> Tensor:
+    """Guided pictures (B, 3, S, S), about -1..1, from unit noise of the shape that the model draws.
+
+    ``seed`` drives the noise that ancestral samplers add (the first noise is given). ``strength`` does not apply to
+    the paper's sampler.
+    """
+    denoiser = world.denoiser
+    run = world.open_run(tuple(world.term(pull) for pull in pulls), strength or Strength())
+    sigmas = denoiser.sigmas(steps)
+    x = denoiser.initial(noise, sigmas)
+    generator = torch.Generator().manual_seed(seed + 1)  # ComfyUI's step noise on the CPU starts one seed further
+    ancestral = euler_ancestral_flow if denoiser.convention is Convention.FLOW else euler_ancestral
+    if sampler == "paper":
+        process = paper(denoiser.predict, x, sigmas, generator, run)
+    elif sampler == "euler_ancestral":
+        process = ancestral(guided(denoiser, run), x, sigmas, generator)
+    else:
+        process = euler(guided(denoiser, run), x, sigmas)
+    for step in process:
+        progress(step)
+        x = step.x
+    with torch.no_grad():
+        return world.decode(x)

@@ -1,0 +1,66 @@
+"""`sdg demo` and `sdg sample`: pictures from the bundled models."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..avatars import SAMPLERS, Pull, batch_noise, draw_demo, load_world, sample
+from ..method import Strength
+from .options import add_models
+from .pictures import read_image, write_image
+from .progress import advance
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """The parsers of both."""
+    demo = commands.add_parser("demo", help="draw a labelled grid of every guidance with the bundled models")
+    demo.add_argument("--out", type=Path, default=Path("demo.png"))
+    demo.add_argument("--steps", type=int, default=50)
+    demo.set_defaults(run=run_demo)
+    add_models(demo)
+    one = commands.add_parser("sample", help="guided pictures from the bundled models")
+    for kind in ("text", "content", "structure", "style"):
+        what = "PROMPT" if kind == "text" else "IMAGE"
+        one.add_argument(f"--{kind}", action="append", default=[], metavar=what, help="pull towards this; repeatable")
+        one.add_argument(f"--{kind}-scale", type=float, help="default: the scale measured for this kind")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--count", type=int, default=4, help="pictures in the batch")
+    one.add_argument("--steps", type=int, default=50)
+    one.add_argument("--sampler", choices=SAMPLERS, default="euler_ancestral")
+    one.add_argument("--strength", choices=("absolute", "relative"), default="absolute")
+    one.add_argument(
+        "--cap", type=float, default=1.0, help="bound on the pull in multiples of the model's step; 0: none"
+    )
+    one.add_argument("--out", type=Path, default=Path("sample.png"))
+    one.set_defaults(run=run_sample)
+    add_models(one)
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    """`sdg demo`: the grid, with progress, and where it is."""
+    world = load_world(args.models)
+    with tqdm(desc="Drawing", unit="step") as bar:
+        picture = draw_demo(world, args.steps, lambda done, total: advance(bar, done, total))
+    picture.save(args.out)
+    print(f"Wrote {args.out.resolve()}")
+
+
+def run_sample(args: argparse.Namespace) -> None:
+    """`sdg sample`: a row of pictures, as large as the model draws them."""
+    world = load_world(args.models)
+    pulls = [Pull("text", text, args.text_scale) for text in args.text]
+    for kind in ("content", "structure", "style"):
+        scale = getattr(args, f"{kind}_scale")
+        pulls += [Pull(kind, read_image(Path(path)), scale) for path in getattr(args, kind)]
+    noise = batch_noise(args.seed, args.count, world.denoiser.unet.config.image_size)
+    with tqdm(total=args.steps, desc="Sampling", unit="step") as bar:
+        images = sample(
+            world, pulls, noise, steps=args.steps, sampler=args.sampler, seed=args.seed,
+            strength=Strength(args.strength, args.cap or None), progress=lambda step: bar.update(),
+        )  # fmt: skip
+    write_image(args.out, torch.cat(list(images), dim=2))
+    print(f"Wrote {args.out.resolve()}")

@@ -1,0 +1,76 @@
+"""Time conditioning of an image tower: one scale and one shift per normalised channel, predicted from t.
+
+After each normalisation layer y becomes y * (1 + scale(t)) + shift(t). Where a whole batch shares t, this folds into
+the layer's own weight and bias, so a guided step pays for it once and not per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..method import timestep_embedding
+
+Modulation = Sequence[tuple[Tensor, Tensor]]
+"""(scale, shift), each (B or 1, C_i), for every normalisation layer in forward order."""
+
+
+class TimeConditioning(nn.Module):
+    """t -> scale and shift for every normalisation layer; identity at start.
+
+    Sinusoid of t, two-layer MLP, ReLU, one linear layer: the layout of the published SDG encoders (see
+    ``published.py``). ``widths`` are the channels of the norms, in forward order.
+    """
+
+    def __init__(self, widths: Sequence[int], hidden: int = 512, sinusoid: int = 128) -> None:
+        super().__init__()
+        self.widths, self.sinusoid = tuple(widths), sinusoid
+        self.time_embed = nn.Sequential(nn.Linear(sinusoid, hidden), nn.ReLU(), nn.Linear(hidden, hidden))
+        self.emb_layers = nn.Sequential(nn.ReLU(), nn.Linear(hidden, 2 * sum(widths)))
+        nn.init.zeros_(self.emb_layers[1].weight)
+        nn.init.zeros_(self.emb_layers[1].bias)
+
+    def forward(self, t: Tensor) -> Modulation:
+        """t (B,) in 0..999, fractions allowed -> a scale and a shift (B, C_i) per layer."""
+        sinusoids = timestep_embedding(t, self.sinusoid).to(self.emb_layers[1].weight.dtype)
+        numbers = self.emb_layers(self.time_embed(sinusoids))
+        parts = numbers.split([w for width in self.widths for w in (width, width)], dim=1)
+        return list(zip(parts[0::2], parts[1::2], strict=True))
+
+
+def fold(norms: Sequence[tuple[str, nn.Module]], modulation: Modulation) -> dict[str, Tensor]:
+    """Weights and biases with a shared modulation (batch 1) folded in, by parameter name, for ``functional_call``."""
+    folded = {}
+    for (name, layer), (scale, shift) in zip(norms, modulation, strict=True):
+        gain = 1 + scale[0]
+        folded[f"{name}.weight"] = layer.weight * gain
+        folded[f"{name}.bias"] = layer.bias * gain + shift[0]
+    return folded
+
+
+@contextmanager
+def modulated(norms: Sequence[tuple[str, nn.Module]], modulation: Modulation) -> Iterator[None]:
+    """While open, every norm's output gets its per-sample scale and shift (B, C)."""
+    hooks = [
+        layer.register_forward_hook(_modulate(scale, shift))
+        for (_, layer), (scale, shift) in zip(norms, modulation, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _modulate(scale: Tensor, shift: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    from timm.layers import LayerNorm2d  # takes seconds, so at first use; its channels come second, as in a picture
+
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        channels_last = isinstance(layer, nn.LayerNorm) and not isinstance(layer, LayerNorm2d)
+        shape = (len(scale),) + ((1,) * (y.ndim - 2) + (-1,) if channels_last else (-1,) + (1,) * (y.ndim - 2))
+        return torch.addcmul(shift.view(shape), y, 1 + scale.view(shape))
+
+    return hook

@@ -1,0 +1,186 @@
+"""NoisyCLIP: an open_clip model whose image tower knows how noisy its input is (SDG, section 3.3)."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..method import Features, TimestepTable
+from .clip import CLIP_MEAN, CLIP_STD, CleanCLIP, Unfilled, tokenizer_of
+from .conditioning import TimeConditioning, fold, modulated
+
+DEFAULT_CROSSOVER = 100.0
+"""Timestep at which a clean encoder takes over from a noisy one whose file has no measurements."""
+
+
+@dataclass(frozen=True)
+class NoisyCLIPConfig:
+    """Everything but the weights.
+
+    ``clip``: open_clip's model config (embed_dim, vision_cfg, text_cfg, quick_gelu, its name as "architecture").
+    ``noise_size``: side of the pictures to which white noise was added in training; 0 means the tower's own size.
+    ``beta_schedule`` is the schedule that t counts in. ``hidden`` and ``sinusoid`` size the time embedding. ``view`` is
+    what it reads: "pixels" or "linear:<latent format>"; ``covariance`` (3, 3) is that of unit noise between the colours
+    of the view, None where they are independent. ``retrieval`` holds measurements: rows (t, retrieval@1 of noisy
+    pictures, the same of the clean encoder on them, and where measured both's retrieval@5 and both's cosines).
+    ``notes``: base, data set, licence and the like.
+    """
+
+    clip: Mapping[str, Any]
+    noise_size: int = 0
+    beta_schedule: str = "linear"
+    hidden: int = 512
+    sinusoid: int = 128
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    notes: Mapping[str, str] = field(default_factory=dict)
+    view: str = "pixels"
+    covariance: tuple[tuple[float, ...], ...] | None = None
+    retrieval: tuple[tuple[float, ...], ...] = ()
+
+    def crossover(self) -> float:
+        """The timestep below which the clean encoder retrieves better, by linear interpolation of ``retrieval``.
+
+        0 where it never does, the last t where it always does; ``DEFAULT_CROSSOVER`` where nothing was measured.
+        """
+        if not self.retrieval:
+            return DEFAULT_CROSSOVER
+        if all(clean > noisy for _, noisy, clean, *_ in self.retrieval):
+            return max(t for t, *_ in self.retrieval)
+        rows = sorted(row[:3] for row in self.retrieval)
+        for (t, noisy, clean), (t_next, noisy_next, clean_next) in itertools.pairwise(rows):
+            lead, lead_next = clean - noisy, clean_next - noisy_next
+            if lead > 0 >= lead_next:
+                return t + (t_next - t) * lead / (lead - lead_next)
+        return 0.0
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> NoisyCLIPConfig:
+        """The config written by ``asdict`` through JSON: lists become tuples again."""
+        kept = dict(fields)
+        for name in ("mean", "std"):
+            kept[name] = tuple(kept[name])
+        for name in ("covariance", "retrieval"):
+            if kept.get(name) is not None:
+                kept[name] = tuple(map(tuple, kept[name]))
+        return cls(**kept)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the tower's input."""
+        size = self.clip["vision_cfg"]["image_size"]
+        return size if isinstance(size, int) else size[0]
+
+
+class NoisyCLIP(CleanCLIP):
+    """Reads x_t in VP scaling and t; gives feature maps and the pooled embedding. With its own text tower.
+
+    At initialisation it equals the clean CLIP at every t. ``clip`` is an ``open_clip.CLIP`` built from ``config.clip``;
+    its image tower moves into this model. Its text half may be absent (``has_text``); then only image guidances work.
+    """
+
+    reads = "noisy"
+
+    def __init__(self, config: NoisyCLIPConfig, clip: nn.Module, has_text: bool = True) -> None:
+        name = config.clip.get("architecture")
+        tokenizer = tokenizer_of(name) if name else None
+        super().__init__(clip, config.image_size, config.noise_size, config.mean, config.std, has_text, tokenizer)
+        self.config = config
+        self.conditioning = TimeConditioning(
+            [_channels(layer) for _, layer in self.tower.norms()], config.hidden, config.sinusoid
+        )
+        self.table = TimestepTable.from_name(config.beta_schedule)
+
+    @property
+    def view(self) -> str:
+        """What it was trained to read: "pixels" or "linear:<latent format>"."""
+        return self.config.view
+
+    def forward(self, image: Tensor, t: Tensor, depth: int) -> Features:
+        """Features of noisy pictures.
+
+        image: x_t in VP scaling, (B, 3, H, W), data in -1..1. t: (1,) when the batch shares it (the conditioning is
+        then folded into the norms) or (B,). depth: how many maps to compute; ``full_depth`` adds the embedding.
+        """
+        image = self.prepare(image)
+        modulation = self.conditioning(t)
+        norms = self.tower.norms()
+        if len(t) == 1:
+            return functional_call(self.tower, fold(norms, modulation), (image, depth))
+        with modulated(norms, modulation):
+            return self.tower(image, depth)
+
+
+def from_clean(clean: CleanCLIP, **settings: Any) -> NoisyCLIP:
+    """A NoisyCLIP, trainable, that equals a clean CLIP at every t: where fine-tuning starts. ``clean`` stays as it is.
+
+    ``settings`` are fields of NoisyCLIPConfig. Raises ValueError for encoders that read noise already.
+    """
+    if clean.reads != "denoised" or clean.config is None or clean.text is None:
+        raise ValueError("Fine-tuning starts from a clean CLIP with its text tower. Load one with Load CLIP.")
+    clip = copy.deepcopy(clean.text)
+    clip.visual = copy.deepcopy(clean.tower.visual)
+    config = NoisyCLIPConfig(clip=clean.config, mean=clean.mean, std=clean.std, **settings)
+    return NoisyCLIP(config, clip).to(next(clean.tower.parameters())).eval()
+
+
+def with_text(encoder: NoisyCLIP, clip: CleanCLIP) -> NoisyCLIP:
+    """An encoder like ``encoder``, on its device, with a copy of the text tower of ``clip``. Neither of them changes.
+
+    The image tower and the conditioning are shared with ``encoder``. ``clip`` is the model from which it was
+    fine-tuned, since only there do both towers speak of the same embeddings. Raises ValueError for CLIPs without a text
+    tower, of another embedding width, or of another build.
+    """
+    build = _check_text(encoder, clip)
+    text = copy.deepcopy(clip.text).to(next(encoder.parameters()).device)
+    text.visual = encoder.tower.visual
+    with Unfilled():
+        lent = NoisyCLIP(replace(encoder.config, clip={**build, "vision_cfg": encoder.config.clip["vision_cfg"]}), text)
+    lent.conditioning = encoder.conditioning
+    return lent.train(encoder.training)
+
+
+def _check_text(encoder: NoisyCLIP, clip: CleanCLIP) -> Mapping[str, Any]:
+    """open_clip's config of ``clip``. Raises ValueError where its text tower does not belong to ``encoder``."""
+    build = clip.config.clip if isinstance(clip, NoisyCLIP) else clip.config
+    if build is None or clip.text is None:
+        raise ValueError("Got a CLIP without a text tower to lend. Load one with its text tower, with Load CLIP.")
+    own = encoder.config.clip
+    name = own.get("architecture", "the one from which it was fine-tuned")
+    if own["embed_dim"] != build["embed_dim"]:
+        raise ValueError(
+            f"The text tower gives {build['embed_dim']} numbers and the noisy CLIP {own['embed_dim']}, so they can't "
+            f"be compared. Take the text tower of this noisy CLIP's own architecture: {name}."
+        )
+    differing = [part for part, of in _BUILD.items() if of(own) != of(build)]
+    if differing:
+        raise ValueError(
+            f"The text tower belongs to {build.get('architecture', 'a CLIP')}, whose {' and '.join(differing)} "
+            f"differs from this noisy CLIP's, so their embeddings have nothing in common. Wanted: {name}."
+        )
+    return build
+
+
+_BUILD = {
+    "image tower": lambda config: {**config["vision_cfg"], "image_size": None},
+    "text tower": lambda config: config["text_cfg"],
+    "activation (quick_gelu)": lambda config: config.get("quick_gelu", False),
+}
+"""What two CLIPs of one build have in common."""
+
+
+def _channels(layer: nn.Module) -> int:
+    return layer.num_features if isinstance(layer, nn.BatchNorm2d) else layer.normalized_shape[0]
+
+
+def noisy(image: Tensor, eps: Tensor, t: Tensor, table: TimestepTable) -> Tensor:
+    """q(x_t | x_0): sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, in VP scaling. t (B,) may be fractional."""
+    ratio = table.sigma(t).to(image.device, image.dtype).view(-1, 1, 1, 1)
+    norm = (1 + ratio.square()).sqrt()
+    return image / norm + eps * ratio / norm

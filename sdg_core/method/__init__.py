@@ -1,0 +1,80 @@
+"""The method: what a noisy picture is, what guidance reads in it, and the correction of a step. The paper's formulas.
+
+Read in this order: ``schedule`` (x_t = alpha x_0 + sigma eps), ``views`` (what an encoder looks at), ``features``
+(what it gives), ``guidance`` (the scores F), ``gradient`` (grad F), ``strength`` (how large a shift), ``run`` and
+``references`` (what a run remembers), ``guide`` (denoised + sigma^2 / alpha grad F). It knows encoders by their
+contract only, and no host.
+"""
+
+from .features import Encoder, Features, gram, squared_distance, squared_size, unit
+from .gradient import Sight, Target, as_normal, gradient_scope, score_gradient
+from .guidance import (
+    DEFAULT_INTERVAL,
+    DEFAULT_SCALE,
+    ContentGuidance,
+    Fade,
+    Guidance,
+    StructureGuidance,
+    StyleGuidance,
+    Term,
+    TextGuidance,
+    check_layers,
+    combine,
+    fit,
+)
+from .guide import encoder_noise, guidance_gradient, guidance_shift, guide
+from .precision import added, precise
+from .references import REFERENCE_SEED, Batch
+from .run import GuidanceRun, StepTrace
+from .schedule import Convention, TimestepTable, betas, expand, timestep_embedding
+from .strength import Strength, rms
+from .views import PIXEL_VIEW, DecodedView, LatentFormat, LinearView, PixelView, View
+
+__all__ = [
+    "DEFAULT_INTERVAL",
+    "DEFAULT_SCALE",
+    "PIXEL_VIEW",
+    "REFERENCE_SEED",
+    "Batch",
+    "ContentGuidance",
+    "Convention",
+    "DecodedView",
+    "Encoder",
+    "Fade",
+    "Features",
+    "Guidance",
+    "GuidanceRun",
+    "LatentFormat",
+    "LinearView",
+    "PixelView",
+    "Sight",
+    "StepTrace",
+    "Strength",
+    "StructureGuidance",
+    "StyleGuidance",
+    "Target",
+    "Term",
+    "TextGuidance",
+    "TimestepTable",
+    "View",
+    "added",
+    "as_normal",
+    "betas",
+    "check_layers",
+    "combine",
+    "encoder_noise",
+    "expand",
+    "fit",
+    "gradient_scope",
+    "gram",
+    "guidance_gradient",
+    "guidance_shift",
+    "guide",
+    "precise",
+    "rms",
+    "score_gradient",
+    "squared_distance",
+    "squared_size",
+    "timestep_embedding",
+    "unit",
+]

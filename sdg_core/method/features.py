@@ -1,0 +1,78 @@
+"""What the method asks of an encoder, what one gives, and the statistics of features that guidance compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .precision import precise
+from .schedule import TimestepTable
+
+
+@dataclass(frozen=True)
+class Features:
+    """Output of every encoder, stopped at the depth asked for.
+
+    ``maps``: feature maps (B, C_i, H_i, W_i), shallow to deep. ``embed``: the pooled embedding (B, D), None where the
+    encoder stopped before it.
+    """
+
+    maps: tuple[Tensor, ...]
+    embed: Tensor | None = None
+
+    def to(self, device: torch.device) -> Features:
+        """The same features on a device."""
+        return Features(tuple(m.to(device) for m in self.maps), None if self.embed is None else self.embed.to(device))
+
+    def take(self, rows: Tensor | slice) -> Features:
+        """The features of some samples."""
+        return Features(tuple(m[rows] for m in self.maps), None if self.embed is None else self.embed[rows])
+
+
+class Encoder(Protocol):
+    """What guidance needs of an encoder: all that the method knows of one.
+
+    ``reads``: x_t ("noisy", and then it has a ``table`` of timesteps) or the model's estimate of x_0 ("denoised").
+    Called with pictures (B, 3, H, W) in -1..1 (noisy ones in VP scaling), t (1,) or (B,), and how many feature maps to
+    compute; ``full_depth`` adds the embedding. It takes pictures of any precision and computes in that of its weights.
+    ``noise_gain``: the factor on the deviation of white noise by which it shrinks pictures of this size before it
+    reads them.
+    """
+
+    reads: Literal["noisy", "denoised"]
+    table: TimestepTable
+    full_depth: int
+
+    def __call__(self, image: Tensor, t: Tensor, depth: int) -> Features: ...
+
+    def noise_gain(self, height: int, width: int) -> float: ...
+
+
+def unit(embed: Tensor) -> Tensor:
+    """Embeddings (..., D) on the unit sphere."""
+    return F.normalize(precise(embed), dim=-1)
+
+
+def gram(feature_map: Tensor, centred: bool = True) -> Tensor:
+    """Gram matrix (B, C, C) of a map (B, C, H, W): products of channels averaged over positions, per sample.
+
+    ``centred`` subtracts each channel's mean first (a covariance): texture without layout's and palette's mean.
+    """
+    flat = precise(feature_map).flatten(2)
+    if centred:
+        flat = flat - flat.mean(dim=2, keepdim=True)
+    return flat @ flat.transpose(1, 2) / flat.shape[2]
+
+
+def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of squared differences per sample: (B, ...), (B or 1, ...) -> (B,)."""
+    return (precise(a) - precise(b)).square().flatten(1).sum(dim=1)
+
+
+def squared_size(a: Tensor) -> Tensor:
+    """Sum of squares per sample, never zero: (B, ...) -> (B,)."""
+    return precise(a).square().flatten(1).sum(dim=1).clamp(min=torch.finfo(torch.float32).tiny ** 0.5)

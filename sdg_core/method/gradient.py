@@ -1,0 +1,156 @@
+"""The gradient of guidance: one forward and one backward pass for all terms that share an encoder.
+
+``gradient_scope`` is the only place where autograd is switched on. The diffusion model is never inside it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .features import Encoder, Features
+from .guidance import Guidance, Term
+from .precision import precise
+from .views import View
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def gradient_scope(*modules: nn.Module) -> Iterator[None]:
+    """Autograd for ``modules``, even inside a host's inference mode.
+
+    Inference tensors can't be saved for backward. While the scope is open, parameters and buffers that are inference
+    tensors are replaced by normal tensors on the same storage (no copy); the originals come back on exit.
+    """
+    saved: list[tuple[dict, str, Tensor]] = []
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            for module in (m for root in modules for m in root.modules()):
+                for store in (module._parameters, module._buffers):
+                    for name, tensor in list(store.items()):
+                        if tensor is not None and tensor.is_inference():
+                            saved.append((store, name, tensor))
+                            normal = as_normal(tensor)
+                            store[name] = nn.Parameter(normal, False) if store is module._parameters else normal
+            yield
+        finally:
+            for store, name, tensor in saved:
+                store[name] = tensor
+
+
+def as_normal(tensor: Tensor) -> Tensor:
+    """A normal tensor on an inference tensor's storage; a copy where the device can't alias."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        normal = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        try:
+            return normal.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+        except (NotImplementedError, RuntimeError):  # devices without set_ aliasing
+            return tensor.clone()
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What the encoder looks at in one evaluation: ``view`` of a tensor x of which ``signal`` (B,) is x_0, at timestep
+    t (1 or B,)."""
+
+    view: View
+    signal: Tensor
+    t: Tensor
+
+    def take(self, rows: slice) -> Sight:
+        return Sight(self.view, self.signal[rows], self.t if len(self.t) == 1 else self.t[rows])
+
+
+def score_gradient(
+    encoder: Encoder,
+    terms: Sequence[Term],
+    weights: Tensor,
+    targets: Sequence[Target],
+    x: Tensor,
+    sight: Sight,
+) -> tuple[Tensor, Tensor]:
+    """grad_x of F = sum_k weights_k * score_k(E'(view(x), t)), per sample.
+
+    x (B, C, H, W). weights (K, B), one row per term. Returns the gradient (B, C, H, W) in the precision of x, at least
+    float32, and the scores (K, B) in the encoder's. Samples do not mix: their sum is taken only for autograd.
+    """
+    depth = max(term.guidance.depth(encoder) for term in terms)
+    with gradient_scope(*([encoder] if isinstance(encoder, nn.Module) else []), *sight.view.modules):
+        x = precise(x.detach()).clone().requires_grad_(True)
+        picture = sight.view.picture(x, as_normal(sight.signal).clone())
+        features = encoder(picture, as_normal(sight.t).clone(), depth)
+        scores = torch.stack(
+            [target.score(term.guidance, features) for term, target in zip(terms, targets, strict=True)]
+        )
+        (grad,) = torch.autograd.grad((as_normal(weights).to(scores, copy=True) * scores).sum(), x)
+    return grad, scores.detach()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a term compares with. ``reference`` (B,) picks one of the target's references for each sample (the frames of
+    a video); None averages over all of them.
+    """
+
+    features: Features
+    reference: Tensor | None = None
+
+    def take(self, rows: slice) -> Target:
+        return self if self.reference is None else Target(self.features, self.reference[rows])
+
+    def score(self, guidance: Guidance, features: Features) -> Tensor:
+        """(B,)."""
+        wanted = _normal(self.features)
+        if self.reference is None:
+            return guidance.score(features, wanted)
+        parts = []
+        for i, r in enumerate(self.reference.tolist()):
+            parts.append(guidance.score(features.take(slice(i, i + 1)), wanted.take(slice(r, r + 1))))
+        return torch.cat(parts)
+
+
+class Chunks:
+    """How many samples a gradient takes at once. Out of memory halves it, for the rest of the run, and says so once."""
+
+    def __init__(self) -> None:
+        self.size: int | None = None
+
+    def gradient(
+        self,
+        encoder: Encoder,
+        terms: Sequence[Term],
+        weights: Tensor,
+        targets: Sequence[Target],
+        x: Tensor,
+        sight: Sight,
+    ) -> tuple[Tensor, Tensor]:
+        """``score_gradient``, in as many parts as memory asks for. A single sample that doesn't fit raises as it is."""
+        while True:
+            size = min(self.size or len(x), len(x))
+            try:
+                parts = []
+                for start in range(0, len(x), size):
+                    rows = slice(start, start + size)
+                    few = [target.take(rows) for target in targets]
+                    parts.append(score_gradient(encoder, terms, weights[:, rows], few, x[rows], sight.take(rows)))
+                return torch.cat([grad for grad, _ in parts]), torch.cat([scores for _, scores in parts], dim=1)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                told, self.size = self.size is not None, size // 2
+            if not told:
+                log.warning("Out of memory in the guidance gradient of %d pictures; it is taken in parts now.", size)
+            if x.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _normal(features: Features) -> Features:
+    return Features(tuple(map(as_normal, features.maps)), None if features.embed is None else as_normal(features.embed))

@@ -1,0 +1,218 @@
+"""What guidance pulls towards: text, an image's content, its structure, its style (SDG, section 3.2).
+
+Every score is per sample, (B,), in the encoder's precision, dimensionless, and higher is better. Structure and style
+distances are divided by the reference's own size, layer by layer, and averaged over layers: a scale then means about
+the same pull for every layer, encoder and resolution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .features import Encoder, Features, gram, squared_distance, squared_size, unit
+from .precision import precise
+
+DEFAULT_SCALE = {"text": 200.0, "content": 300.0, "structure": 300.0, "style": 1000.0}
+"""Scales that the bundled models were measured at, by kind of guidance."""
+
+DEFAULT_INTERVAL = {"text": (0.2, 0.6), "content": (0.0, 1.0), "structure": (0.0, 1.0), "style": (0.0, 1.0)}
+"""Where a guidance acts by default, as fractions of the run.
+
+Text decides little in the noisiest steps and harms the finest ones (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+"""
+
+
+Look = Callable[[Tensor, "int | None"], Features]
+"""(clean references (R, 3, h, w) in -1..1, depth or None for all) -> their features at the current step's noise."""
+
+
+class Guidance(Protocol):
+    """One pull. ``target`` is computed once per noise level, ``score`` at every gradient.
+
+    A target's ``maps`` are what ``score`` compares, one per layer that the guidance reads.
+    """
+
+    def depth(self, encoder: Encoder) -> int: ...
+
+    def target(self, look: Look) -> Features: ...
+
+    def score(self, features: Features, target: Features) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class TextGuidance:
+    """F = E'(x_t, t) . E_L(l). ``embed``: normalised text embeddings (N, D); several are averaged in score."""
+
+    embed: Tensor
+
+    def depth(self, encoder: Encoder) -> int:
+        return encoder.full_depth
+
+    def target(self, look: Look) -> Features:
+        return Features((), self.embed)
+
+    def score(self, features: Features, target: Features) -> Tensor:
+        return _cosine(features, target)
+
+
+@dataclass(frozen=True, eq=False)
+class ContentGuidance:
+    """F = E'(x_t, t) . E'(x'_t, t): what is in the picture; pose and layout stay free.
+
+    ``image``: references (R, 3, h, w) in -1..1; several are averaged in score.
+    """
+
+    image: Tensor
+
+    def depth(self, encoder: Encoder) -> int:
+        return encoder.full_depth
+
+    def target(self, look: Look) -> Features:
+        embed = look(self.image, None).embed
+        assert embed is not None
+        return Features((), unit(embed))
+
+    def score(self, features: Features, target: Features) -> Tensor:
+        return _cosine(features, target)
+
+
+@dataclass(frozen=True, eq=False)
+class StructureGuidance:
+    """F = -mean_j |E'(x_t)_j - E'(x'_t)_j|^2 / |E'(x'_t)_j|^2 over feature maps j: layout as well as content.
+
+    ``layers`` count maps from 1 (the stem, or the patch embedding).
+    """
+
+    image: Tensor
+    layers: tuple[int, ...] = (3,)
+
+    def depth(self, encoder: Encoder) -> int:
+        return max(check_layers(self.layers, encoder))
+
+    def target(self, look: Look) -> Features:
+        maps = look(self.image, max(self.layers)).maps
+        return Features(tuple(maps[layer - 1] for layer in self.layers))
+
+    def score(self, features: Features, target: Features) -> Tensor:
+        seen = [features.maps[layer - 1] for layer in self.layers]
+        return _closeness(seen, target)
+
+
+@dataclass(frozen=True, eq=False)
+class StyleGuidance:
+    """F = -mean_j |G'(x_t)_j - G'(x'_t)_j|_F^2 / |G'(x'_t)_j|_F^2, G the Gram matrix of map j.
+
+    ``centred`` takes each channel's mean out of G first: less of the reference's layout comes along.
+    """
+
+    image: Tensor
+    layers: tuple[int, ...] = (5,)
+    centred: bool = False
+
+    def depth(self, encoder: Encoder) -> int:
+        return max(check_layers(self.layers, encoder))
+
+    def target(self, look: Look) -> Features:
+        maps = look(self.image, max(self.layers)).maps
+        return Features(tuple(gram(maps[layer - 1], self.centred) for layer in self.layers))
+
+    def score(self, features: Features, target: Features) -> Tensor:
+        return _closeness([gram(features.maps[layer - 1], self.centred) for layer in self.layers], target)
+
+
+@dataclass(frozen=True)
+class Fade:
+    """A weight between 0 and 1 over the noise: one half at sigma / alpha = ``ratio``, linear in its logarithm, 0 and 1
+    at ``width`` times less and more. ``rising``: 1 at high noise; otherwise 1 at low noise. The two add up to 1.
+    """
+
+    ratio: float
+    rising: bool
+    width: float = 2.0
+
+    def __call__(self, ratio: Tensor) -> Tensor:
+        """Weights at noise ratios (B,)."""
+        position = (ratio.clamp(min=1e-12) / self.ratio).log() / (2 * math.log(self.width))
+        weight = (0.5 + position).clamp(0, 1)
+        return weight if self.rising else 1 - weight
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One guidance with the encoder that it reads by, its scale, and where in the run it acts.
+
+    ``start`` and ``end`` are fractions of the sampling run (0 is pure noise, 1 the finished picture). A negative scale
+    pushes away. A combined guidance is a tuple of terms; its score is the sum of scale * score. ``fade`` weighs by the
+    noise, where two encoders share the work. ``frames``: those of a video to guide, negative ones counted from the
+    end; None is all.
+    """
+
+    guidance: Guidance
+    encoder: Encoder
+    scale: float
+    start: float = 0.0
+    end: float = 1.0
+    fade: Fade | None = None
+    frames: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end <= 1:
+            raise ValueError(
+                f"Got a guidance that runs from {self.start} to {self.end}; wanted 0 <= start < end <= 1. "
+                "Set start below end, both as fractions of the run."
+            )
+
+
+def combine(parts: Sequence[tuple[tuple[Term, ...], float]]) -> tuple[Term, ...]:
+    """The weighted sum of guidances: F = w_1 F_1 + w_2 F_2 + ..., as one tuple of terms."""
+    return tuple(replace(term, scale=weight * term.scale) for terms, weight in parts for term in terms)
+
+
+def check_layers(layers: tuple[int, ...], encoder: Encoder) -> tuple[int, ...]:
+    """The layers, if the encoder has them. Raises ValueError otherwise."""
+    deepest = encoder.full_depth - 1
+    if not layers or min(layers) < 1 or max(layers) > deepest:
+        raise ValueError(
+            f"Got the layers {list(layers)}; wanted one or more of 1..{deepest}, the feature maps of this encoder. "
+            "Shallow layers carry strokes and palette, deep ones parts and layout."
+        )
+    return layers
+
+
+def fit(image: Tensor, height: int, width: int) -> Tensor:
+    """References (R, 3, h, w) at the picture's size: scaled to cover it, the middle cut out, antialiased."""
+    h, w = image.shape[-2:]
+    if (h, w) == (height, width):
+        return image
+    zoom = max(height / h, width / w)
+    size = (max(height, round(h * zoom)), max(width, round(w * zoom)))
+    image = F.interpolate(precise(image), size, mode="bicubic", antialias=True).clamp(-1, 1)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return image[..., top : top + height, left : left + width]
+
+
+def _cosine(features: Features, target: Features) -> Tensor:
+    assert features.embed is not None
+    assert target.embed is not None
+    seen = unit(features.embed)
+    return (seen @ target.embed.to(seen.dtype).T).mean(dim=1)
+
+
+def _closeness(seen: Sequence[Tensor], target: Features) -> Tensor:
+    """Minus the relative squared distance, averaged over layers and references: (B, ...) per layer -> (B,).
+
+    ``target.maps`` holds the wanted values (R, ...) of the same layers.
+    """
+    distances = [
+        squared_distance(layer, reference[None]) / squared_size(reference[None])
+        for layer, wanted in zip(seen, target.maps, strict=True)
+        for reference in wanted
+    ]
+    return -torch.stack(distances).mean(dim=0)

@@ -1,0 +1,114 @@
+"""What a step works on, and what its guidances compare with: references looked at once per noise level."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .features import Encoder, Features
+from .gradient import Target
+from .guidance import Guidance, fit
+from .precision import precise
+from .views import View
+
+REFERENCE_SEED = 0
+"""Seed of the noise that references get: one noise for all references, steps, samples and runs, so reproducible."""
+
+LEVELS_KEPT = 4
+"""Noise levels whose reference features stay in memory."""
+
+CLEAN = -1.0
+"""The noise level under which features of clean references are kept."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one model evaluation gave, as pictures: x_t and denoised (B, C, H, W) at sigma (B,), at least float32.
+
+    Frames of videos are samples like others; ``frame`` (B,) then counts them from 0 to ``frames`` - 1.
+    """
+
+    x_t: Tensor
+    denoised: Tensor
+    sigma: Tensor
+    frame: Tensor | None = None
+    frames: int = 1
+
+    @classmethod
+    def of(cls, denoised: Tensor, x_t: Tensor, sigma: Tensor) -> Batch:
+        """From pictures (B, C, H, W) or videos (B, C, T, H, W) of any precision, sigma (B,) or (1,).
+
+        Raises ValueError for other shapes.
+        """
+        x, d = precise(x_t.detach()), precise(denoised.detach())
+        sigma = precise(sigma).expand(len(x_t))
+        if x_t.ndim == 4:
+            return cls(x, d, sigma)
+        if x_t.ndim != 5:
+            raise ValueError(
+                f"Got a latent of shape {tuple(x_t.shape)}; guidance reads pictures (batch, channels, height, width) "
+                "and videos (batch, channels, frames, height, width)."
+            )
+        B, T = x_t.shape[0], x_t.shape[2]
+        x, d = (v.transpose(1, 2).flatten(0, 1) for v in (x, d))
+        return cls(x, d, sigma.repeat_interleave(T), torch.arange(T, device=sigma.device).repeat(B), T)
+
+    def take(self, rows: Tensor) -> Batch:
+        """Some of its samples."""
+        frame = None if self.frame is None else self.frame[rows]
+        return Batch(self.x_t[rows], self.denoised[rows], self.sigma[rows], frame, self.frames)
+
+    def unfold(self, shift: Tensor) -> Tensor:
+        """(B T, C, H, W) back to the shape that came in."""
+        return shift if self.frame is None else shift.unflatten(0, (-1, self.frames)).transpose(1, 2)
+
+
+@dataclass
+class References:
+    """Targets of one run's guidances, by noise level and number of the term.
+
+    Only the latest noise levels are kept; a sampler of higher order comes back to those. References of encoders that
+    read denoised are clean and stay.
+    """
+
+    known: dict[float, dict[int, Features]] = field(default_factory=dict)
+
+    def target(
+        self, k: int, guidance: Guidance, encoder: Encoder, view: View, batch: Batch, ratio: Tensor | None
+    ) -> Target:
+        """The target of term k at the noise ``ratio`` (1,), None where references are looked at clean."""
+        level = self.known.setdefault(CLEAN if ratio is None else float(ratio[0]), {})
+        if k not in level:
+            see = functools.partial(look, encoder, view, batch.x_t, ratio)
+            level[k] = guidance.target(see).to(batch.x_t.device)
+        noisy = [key for key in self.known if key != CLEAN]
+        for key in noisy[:-LEVELS_KEPT]:
+            del self.known[key]
+        return Target(level[k], _of_frames(guidance, batch))
+
+
+def look(encoder: Encoder, view: View, x_t: Tensor, ratio: Tensor | None, image: Tensor, depth: int | None) -> Features:
+    """Features of references (R, 3, h, w) at the size of the view, with the fixed noise at ratio (1,), if any.
+
+    In VP scaling, through the view: (x'_0 + ratio * eps) / sqrt(1 + ratio^2).
+    """
+    x_0 = fit(image.to(x_t), *view.size(*x_t.shape[-2:]))
+    depth = depth or encoder.full_depth
+    with torch.no_grad():
+        if ratio is None:
+            return encoder(x_0, torch.zeros(1, device=x_t.device), depth)
+        generator = torch.Generator().manual_seed(REFERENCE_SEED)
+        noise = view.noise(torch.randn(1, *x_t.shape[1:], generator=generator).to(x_t))
+        u = (x_0 + noise * ratio / encoder.noise_gain(*x_0.shape[-2:])) / (1 + ratio.square()).sqrt()
+        return encoder(u, encoder.table.timestep(ratio), depth)
+
+
+def _of_frames(guidance: Guidance, batch: Batch) -> Tensor | None:
+    """Which reference each frame follows: several are spread evenly over the frames of a video, from first to last."""
+    count = len(getattr(guidance, "image", ()))
+    if batch.frame is None or count < 2:
+        return None
+    return (batch.frame * (count - 1) / max(batch.frames - 1, 1)).round().long()

@@ -1,0 +1,69 @@
+"""How strongly a step is guided: the size of the shift, bounded by (or set to) a multiple of the model's own step."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .schedule import expand
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How scores become a shift of denoised.
+
+    "absolute": the paper's scale, shift = sigma^2 / alpha * grad F. "relative": the direction of that, with a size of
+    ``cap`` times the model's own step, so the same number pulls alike for any model and resolution.
+    ``cap``: the shift's RMS is at most this multiple of the model's own eps step, per sample; None is no bound.
+    """
+
+    mode: Literal["absolute", "relative"] = "absolute"
+    cap: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("absolute", "relative"):
+            raise ValueError(f'Got the strength "{self.mode}"; wanted "absolute" or "relative".')
+        if self.cap is not None and not self.cap > 0:
+            raise ValueError(f"Got a cap of {self.cap}; wanted a positive number, or None for no bound.")
+        if self.mode == "relative" and self.cap is None:
+            raise ValueError("Relative strength needs a cap: the fraction of the model's own step to shift by.")
+
+
+class Bounded(NamedTuple):
+    """A shift (B, ...) of its final size, that size over the model's step (B,), and where the cap bound it (B,)."""
+
+    shift: Tensor
+    pull: Tensor
+    capped: Tensor
+
+
+def bounded(shift: Tensor, step: Tensor, strength: Strength) -> Bounded:
+    """The shift (B, ...) with its RMS bounded by (or, relative, set to) cap * step (B,), per sample; never non-finite.
+
+    shift' = shift * min(1, cap * step / rms(shift)), and without the minimum for relative strength.
+    """
+    size = rms(shift)
+    broken = ~torch.isfinite(size)
+    if bool(broken.any()):
+        log.warning("The guidance gradient was not finite in %d samples; their step is not guided.", int(broken.sum()))
+        shift = torch.where(expand(broken, shift), torch.zeros_like(shift), shift)
+        size = torch.where(broken, torch.zeros_like(size), size)
+    tiny = torch.finfo(torch.float32).tiny
+    factor, capped = torch.ones_like(size), torch.zeros_like(broken)
+    if strength.cap is not None:
+        allowed = strength.cap * step / size.clamp(min=tiny)
+        factor = allowed if strength.mode == "relative" else allowed.clamp(max=1)
+        factor = torch.where(size > 0, factor, torch.zeros_like(factor))
+        capped = (allowed < 1) & (strength.mode == "absolute")
+    return Bounded(shift * expand(factor, shift), size * factor / step.clamp(min=tiny), capped)
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root mean square per sample: (B, ...) -> (B,)."""
+    return x.square().flatten(1).mean(dim=1).sqrt()

@@ -1,0 +1,38 @@
+"""Models without a host: what draws pictures. The ADM UNet as a denoiser, samplers as generators, tiny autoencoders.
+
+A new model is a module like ``adm`` and a denoiser like ``denoiser``; a new sampler is a function of ``samplers``.
+"""
+
+from .adm import ADMConfig, ADMUNet
+from .denoiser import ADMDenoiser, Prediction, initial, normal_sigmas, percent_to_sigma
+from .files import latent_encoder, load_adm, load_tiny_autoencoder, load_tiny_encoder, read_adm
+from .samplers import Step, euler, euler_ancestral, euler_ancestral_flow, guided, noise_like, paper, posterior
+from .tiny_autoencoder import TinyAutoencoder, decoder_from_state, encoder_from_state, tiny_decoder, tiny_encoder
+
+__all__ = [
+    "ADMConfig",
+    "ADMDenoiser",
+    "ADMUNet",
+    "Prediction",
+    "Step",
+    "TinyAutoencoder",
+    "decoder_from_state",
+    "encoder_from_state",
+    "euler",
+    "euler_ancestral",
+    "euler_ancestral_flow",
+    "guided",
+    "initial",
+    "latent_encoder",
+    "load_adm",
+    "load_tiny_autoencoder",
+    "load_tiny_encoder",
+    "noise_like",
+    "normal_sigmas",
+    "paper",
+    "percent_to_sigma",
+    "posterior",
+    "read_adm",
+    "tiny_decoder",
+    "tiny_encoder",
+]

@@ -1,0 +1,62 @@
+"""Files of models: ADMs (ours, and published ones) and tiny autoencoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..files import PICKLES, fill, load, load_pickle, load_plain
+from .adm import ADMConfig, ADMUNet
+from .tiny_autoencoder import TinyAutoencoder, encoder_from_state
+
+
+def read_adm(path: Path) -> tuple[ADMConfig, dict[str, Tensor]]:
+    """Config and weights of an ADM: our safetensors, or a published guided-diffusion ``.pt``."""
+    if path.suffix in PICKLES:
+        state = load_pickle(path)
+        return ADMConfig.from_state_dict(state), state
+    config, state = load(path, "adm")
+    return ADMConfig.from_json(config), state
+
+
+def load_adm(path: Path) -> ADMUNet:
+    """The UNet, frozen, in eval mode, float32."""
+    config, state = read_adm(path)
+    unet = ADMUNet(config)
+    fill(unet, state, path)
+    return unet.requires_grad_(False).eval()
+
+
+def load_tiny_autoencoder(path: Path) -> TinyAutoencoder:
+    """An autoencoder of our own kind of file, frozen, in eval mode, float32."""
+    config, state = load(path, "autoencoder")
+    blocks = (tuple(config[f"{half}_blocks"]) for half in ("encoder", "decoder"))
+    model = TinyAutoencoder(config["width"], *blocks, config["channels"])
+    fill(model, state, path)
+    return model.requires_grad_(False).eval()
+
+
+def load_tiny_encoder(path: Path) -> nn.Sequential:
+    """A TAESD encoder, frozen, in eval mode, float32: pictures in 0..1 to a model's own latents.
+
+    Raises FileNotFoundError where there is no such file, ValueError where it holds something else.
+    """
+    state = load_pickle(path) if path.suffix in PICKLES else load_plain(path)
+    return encoder_from_state(state).requires_grad_(False).eval()
+
+
+def latent_encoder(
+    encoder: nn.Module, scale: float = 1.0, shift: float = 0.0
+) -> tuple[Callable[[Tensor], Tensor], int]:
+    """Pictures (B, 3, H, W) in -1..1 -> model latents (z - shift) * scale; and picture pixels to a latent pixel.
+
+    ``encoder`` takes pictures in 0..1, and follows them in device and precision.
+    """
+    halvings = sum(isinstance(layer, nn.Conv2d) and layer.stride == (2, 2) for layer in encoder.children())
+
+    def encode(picture: Tensor) -> Tensor:
+        return (encoder.to(picture)((picture + 1) / 2) - shift) * scale
+
+    return encode, 2**halvings
