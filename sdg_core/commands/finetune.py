@@ -74,7 +74,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     tune.add_argument(
         "--vae", type=Path, help="with a linear view: a TAESD encoder for half of the pictures; or avatars"
     )
-    tune.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="of the forward pass")
+    tune.add_argument(
+        "--precision", choices=("no", "bf16", "fp16", "fp64"), default="no",
+        help="of the forward pass; fp64: of everything, for comparisons",
+    )  # fmt: skip
     tune.add_argument("--workers", type=int, default=2, help="processes that read pictures")
     tune.add_argument("--held-out", type=int, default=1000, help="pictures kept back to measure retrieval on")
     tune.add_argument("--save-every", type=int, default=500, help="steps between the states that --resume finds")
@@ -101,7 +104,9 @@ def run_finetune(args: argparse.Namespace) -> None:
     clean = load_clean(args.arch, args.pretrained)
     sight = sight_of(args, clean)
     pictures = open_pictures(args, max(sight.picture_size, clean.noise_size))
-    run = Finetuning(clean, sight, pictures.training, settings, accelerator(precision=args.precision), args.workers)
+    clean = clean.double() if args.precision == "fp64" else clean
+    device = accelerator(precision="no" if args.precision == "fp64" else args.precision)
+    run = Finetuning(clean, sight, pictures.training, settings, device, args.workers)
     if args.resume:
         run.resume(states)
     if not train(run, states, args.save_every, pictures.said):

@@ -76,9 +76,9 @@ def normal_sigmas(table: TimestepTable, steps: int) -> Tensor:
     Interpolated in float32 with the host's operations: guidance amplifies the last bit of a sigma.
     """
     log_ratio = table.ratio.log().float()
-    t = torch.linspace(len(log_ratio) - 1, 0, steps)
+    t = torch.linspace(len(log_ratio) - 1, 0, steps, dtype=torch.float32)
     low, high, w = log_ratio[t.floor().long()], log_ratio[t.ceil().long()], t.frac()
-    return torch.cat([((1 - w) * low + w * high).exp(), torch.zeros(1)])
+    return torch.cat([((1 - w) * low + w * high).exp(), log_ratio.new_zeros(1)])
 
 
 def percent_to_sigma(table: TimestepTable) -> Callable[[float], float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -37,6 +37,7 @@ class TinyEncoder(nn.Module):
 
     def forward(self, image: Tensor, t: Tensor, depth: int) -> Features:
         self.calls += 1
+        image = image.to(self.first.weight.dtype)
         first = torch.tanh(self.first(image)) * (1 + t.to(image).view(-1, 1, 1, 1) / 500) + self.offset
         if depth == 1:
             return Features((first,))
@@ -45,6 +46,15 @@ class TinyEncoder(nn.Module):
 
     def noise_gain(self, height: int, width: int) -> float:
         return self.gain
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Everything that a test makes is float64: equality then means 1e-9 or so, on every CPU."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from sdg_core.files import load, load_pickle, save
 from sdg_core.method import timestep_embedding
 from sdg_core.models import ADMConfig, ADMUNet, load_adm, read_adm
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 PUBLISHED_SMALL = ADMConfig(
     image_size=64,
     model_channels=32,
@@ -167,7 +169,7 @@ def test_unet_equals_a_second_implementation(name, draw):
     x, t = draw(2, 3, config.image_size, config.image_size), torch.tensor([3.0, 871.5])
     wanted = FunctionalADM(unet.state_dict(), config)(x, t)
     assert float(wanted.std()) > 0.1
-    torch.testing.assert_close(unet(x, t), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(unet(x, t), wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_attention_orders_differ(draw):
@@ -187,7 +189,7 @@ def test_timestep_embedding_has_cosines_first():
 def test_samples_do_not_mix(draw):
     unet, x, t = random_unet(SMALL), draw(3, 3, 16, 16), torch.tensor([0.0, 500.0, 999.0])
     singles = torch.cat([unet(x[i : i + 1], t[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(unet(x, t), singles, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(unet(x, t), singles, rtol=1e-9, atol=1e-9)
 
 
 def test_an_untrained_unet_predicts_zero(draw):
@@ -200,7 +202,7 @@ def test_patched_unet_is_a_unet_on_unshuffled_pixels(draw):
     cells = x.reshape(2, 3, 16, 2, 16, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 12, 16, 16)
     out = FunctionalADM(unet.state_dict(), config)(cells, t)
     wanted = out.reshape(2, 6, 2, 2, 16, 16).permute(0, 1, 4, 2, 5, 3).reshape(2, 6, 32, 32)
-    torch.testing.assert_close(unet(x, t), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(unet(x, t), wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_default_config_has_the_layout_of_the_published_256_px_model():
@@ -289,11 +291,11 @@ def test_safetensors_keeps_weights_and_config(tmp_path, draw):
 
 
 def test_half_files_come_back_as_rounded_float32(tmp_path):
-    state = {"w": torch.tensor([1 / 3, 2.0]), "n": torch.tensor([70_000])}
+    state = {"w": torch.tensor([1 / 3, 2.0], dtype=torch.float32), "n": torch.tensor([70_000])}
     save(tmp_path / "a.safetensors", "adm", {}, state)
     _, loaded = load(tmp_path / "a.safetensors", "adm")
     assert loaded["w"].dtype == torch.float32
-    assert loaded["w"].tolist() == [float(torch.tensor(1 / 3).half()), 2.0]
+    assert loaded["w"].tolist() == [float(torch.tensor(1 / 3, dtype=torch.float32).half()), 2.0]
     assert torch.equal(loaded["n"], state["n"])
 
 

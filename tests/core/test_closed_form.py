@@ -18,6 +18,8 @@ from torch import Tensor
 from sdg_core.method import Convention, Features, GuidanceRun, Strength, Term, TimestepTable, guide
 from sdg_core.models import Prediction, euler, euler_ancestral, guided, initial, normal_sigmas, paper
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 Y, TAU = 1.5, 0.5
 MEAN, STD = 1.2, 0.4472
 STEPS = 250
@@ -34,7 +36,7 @@ class ExactEncoder:
 
     def __call__(self, image: Tensor, t: Tensor, depth: int) -> Features:
         abar = 1 / (1 + self.table.sigma(t).square())
-        return Features((image, abar.float().view(-1, 1, 1, 1)))
+        return Features((image, abar.view(-1, 1, 1, 1)))
 
     def noise_gain(self, height: int, width: int) -> float:
         return 1.0
@@ -94,7 +96,7 @@ def last(steps) -> Tensor:
 
 @pytest.fixture(scope="module")
 def sigmas() -> Tensor:
-    return normal_sigmas(TimestepTable.from_name("linear"), STEPS)
+    return normal_sigmas(TimestepTable.from_name("linear"), STEPS).double()
 
 
 @pytest.mark.parametrize("sigma", [0.011, 0.1, 0.5, 1.0, 3.0, 14.6, 80.0, 157.0])
@@ -103,7 +105,7 @@ def test_guide_is_the_posterior_mean_in_ve(sigma, draw):
     batch = torch.full((2,), sigma)
     a, b = guided_line(sigma)
     got = guide(denoise(x_t, batch), x_t, batch, exact_run())
-    torch.testing.assert_close(got, a * x_t + b, rtol=0, atol=1e-4)
+    torch.testing.assert_close(got, a * x_t + b, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("s", [0.011, 0.1, 0.35, 0.5, 0.8, 0.95, 0.99])
@@ -114,14 +116,14 @@ def test_guide_is_the_posterior_mean_in_flow(s, draw):
     precision = 1 + alpha**2 / s**2 + 1 / TAU**2
     wanted = (alpha / s**2 * x_t + Y / TAU**2) / precision
     got = guide(alpha / power * x_t, x_t, torch.full((2,), s), exact_run(Convention.FLOW))
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
 
 
 def test_guide_is_the_posterior_mean_at_each_samples_sigma(draw):
     sigma = torch.tensor([0.05, 1.0, 1.0, 60.0])
     x_t = draw(4, 3, 8, 8) * (1 + sigma.square()).sqrt().view(-1, 1, 1, 1)
     wanted = torch.stack([a * x + b for x, s in zip(x_t, sigma, strict=True) for a, b in [guided_line(float(s))]])
-    torch.testing.assert_close(guide(denoise(x_t, sigma), x_t, sigma, exact_run()), wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(guide(denoise(x_t, sigma), x_t, sigma, exact_run()), wanted, rtol=0, atol=1e-9)
 
 
 def test_euler_reaches_the_posterior(sigmas, draw):
@@ -134,7 +136,7 @@ def test_euler_reaches_the_posterior(sigmas, draw):
     got = last(euler(guided(denoise, exact_run()), x, sigmas))
     assert_reaches(got, lines, start=1 + float(sigmas[0]) ** 2)
     slope, offset = math.prod(a for a, _, _ in lines), chain(lines, 0.0, 0.0)[0]
-    torch.testing.assert_close(got, slope * x + offset, rtol=0, atol=1e-3)
+    torch.testing.assert_close(got, slope * x + offset, rtol=0, atol=1e-9)
 
 
 def test_euler_ancestral_reaches_the_posterior(sigmas, draw):

@@ -14,7 +14,9 @@ from sdg_core.encoders import NoisyCLIPConfig
 from sdg_core.encoders.noisy_clip import DEFAULT_CROSSOVER
 from sdg_core.method import ContentGuidance, Convention, Fade, GuidanceRun, Strength, Term, TextGuidance, guidance_shift
 
-RATIOS = torch.logspace(-3, 3, 601)
+pytestmark = pytest.mark.usefixtures("float64")
+
+RATIOS = torch.logspace(-3, 3, 601, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("ratio", [0.01, 0.7, 30.0])
@@ -23,13 +25,13 @@ def test_a_fade_is_linear_in_the_logarithm_of_the_noise(ratio, width):
     fade = Fade(ratio, rising=True, width=width)
     places = [(0.0, 0.5), (1.0, 1.0), (-1.0, 0.0), (0.5, 0.75), (-0.5, 0.25), (3.0, 1.0), (-3.0, 0.0)]
     at = torch.tensor([ratio * width**exponent for exponent, _ in places])
-    torch.testing.assert_close(fade(at), torch.tensor([weight for _, weight in places]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(fade(at), torch.tensor([weight for _, weight in places]), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("width", [1.5, 2.0, 10.0])
 def test_a_rising_and_a_falling_fade_add_up_to_one(width):
     rising, falling = Fade(0.7, True, width)(RATIOS), Fade(0.7, False, width)(RATIOS)
-    torch.testing.assert_close(rising + falling, torch.ones(601), rtol=0, atol=1e-6)
+    torch.testing.assert_close(rising + falling, torch.ones(601), rtol=0, atol=1e-9)
     assert bool((rising.diff() >= 0).all())
     assert bool((falling.diff() <= 0).all())
     assert (float(rising[0]), float(rising[-1])) == (0.0, 1.0)
@@ -73,7 +75,7 @@ def test_a_crossfaded_pair_is_the_weighted_sum(ratio, convention, pair, step):
     together, _ = shift(faded, step, sigma, convention)
     above, below = (shift((term,), step, sigma, convention)[0] for term in (noisy, clean))
     assert not torch.allclose(above, below, rtol=0.1)
-    torch.testing.assert_close(together, weight * above + (1 - weight) * below, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(together, weight * above + (1 - weight) * below, rtol=1e-9, atol=1e-9)
 
 
 def test_beyond_the_width_only_one_encoder_works(pair, step):
@@ -98,7 +100,7 @@ def test_samples_at_several_noise_levels_fade_by_themselves(pair, step, draw):
     together, _ = shift(faded, step, sigma, Convention.VE)
     above, below = (shift((Term(guidance, t.encoder, 40.0),), step, sigma, Convention.VE)[0] for t in (noisy, clean))
     weight = torch.tensor([1.0, 0.5, 0.0]).view(3, 1, 1, 1)
-    torch.testing.assert_close(together, weight * above + (1 - weight) * below, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(together, weight * above + (1 - weight) * below, rtol=1e-9, atol=1e-9)
 
 
 def config(*retrieval: tuple[float, float, float]) -> NoisyCLIPConfig:

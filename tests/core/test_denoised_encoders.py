@@ -47,6 +47,8 @@ from sdg_core.models import (
     percent_to_sigma,
 )
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 Y, TAU, TILT = 1.5, 0.5, 0.8
 SHAPE = (4, 3, 32, 32)
 STEPS = 250
@@ -144,7 +146,7 @@ def test_guide_is_the_posterior_mean(convention, sigma, kind, v, draw):
     x_t = draw(2, 3, 8, 8) * math.sqrt(alpha**2 * v + sigma**2)
     a, b = wish.line(alpha, sigma)
     got = guide(make_denoise(wish, convention)(x_t, batch), x_t, batch, make_run(wish, convention))
-    torch.testing.assert_close(got, a * x_t + b, rtol=0, atol=1e-4)
+    torch.testing.assert_close(got, a * x_t + b, rtol=0, atol=1e-9)
 
 
 def test_guide_is_the_posterior_mean_at_each_samples_sigma(v, draw):
@@ -152,7 +154,7 @@ def test_guide_is_the_posterior_mean_at_each_samples_sigma(v, draw):
     x_t = draw(4, 3, 8, 8) * (v + sigma.square()).sqrt().view(-1, 1, 1, 1)
     got = guide(make_denoise(wish, Convention.VE)(x_t, sigma), x_t, sigma, make_run(wish, Convention.VE))
     wanted = [a * x + b for x, s in zip(x_t, sigma, strict=True) for a, b in [wish.line(1.0, float(s))]]
-    torch.testing.assert_close(got, torch.stack(wanted), rtol=0, atol=1e-4)
+    torch.testing.assert_close(got, torch.stack(wanted), rtol=0, atol=1e-9)
 
 
 def euler_lines(wish: Wish, sigmas: list[float], flow: bool) -> list[tuple[float, float, float]]:
@@ -326,7 +328,7 @@ def test_the_gradient_is_that_of_the_clean_score_times_the_posterior_variance(ti
         )  # fmt: skip
         factor = s.square() * v / (alpha.square() * v + s.square())
         shift = guidance_shift(denoised, x_t, s, run)
-        torch.testing.assert_close(shift, grad * factor.view(-1, 1, 1, 1), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(shift, grad * factor.view(-1, 1, 1, 1), rtol=1e-9, atol=1e-9)
 
 
 def test_a_clean_reference_needs_no_table(draw):

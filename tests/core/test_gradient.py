@@ -25,6 +25,8 @@ from sdg_core.method import (
 )
 from sdg_core.method import score_gradient as gradient_of_sight
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 IMAGE = torch.zeros(1, 3, 8, 8)
 T = torch.tensor([300.0])
 
@@ -80,9 +82,9 @@ def test_gradient_equals_finite_differences(t, tiny_encoder, draw):
             args = (t[-1:] if b else t[:1], reference, embed, weights[:, b : b + 1])
             up, down = (score_in_float64(precise, u[b].double() + sign * bumps, *args) for sign in (1, -1))
             wanted = ((up - down) / (2 * h)).view(3, 6, 6)
-            torch.testing.assert_close(grad[b].double(), wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+            torch.testing.assert_close(grad[b].double(), wanted, rtol=1e-9, atol=1e-9 * float(wanted.abs().max()))
             total = score_in_float64(precise, u[b : b + 1].double(), *args)
-            torch.testing.assert_close((weights[:, b] * scores[:, b]).sum()[None].double(), total, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close((weights[:, b] * scores[:, b]).sum()[None].double(), total, rtol=1e-9, atol=1e-9)
 
 
 def test_all_terms_share_one_forward_pass(tiny_encoder, draw):
@@ -115,7 +117,7 @@ def test_samples_do_not_mix(tiny_encoder, draw):
     batch, _ = score_gradient(encoder, terms, weights, targets, u, T)
     for i in range(3):
         single, _ = score_gradient(encoder, terms, weights[:, i : i + 1], targets, u[i : i + 1], T)
-        torch.testing.assert_close(batch[i : i + 1], single, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(batch[i : i + 1], single, rtol=1e-9, atol=1e-9)
 
 
 def test_nothing_of_the_callers_is_changed(tiny_encoder, draw):

@@ -23,6 +23,8 @@ from sdg_core.method import (
     score_gradient,
 )
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 SHAPES = [(4, 8, 8), (6, 4, 4), (5, 2, 3)]
 IMAGE = torch.zeros(1, 3, 8, 8)
 
@@ -92,7 +94,7 @@ def test_score_equals_the_formula(guidance, references):
     features, reference = random_features(4, seed=0), random_features(references, seed=1)
     got = score(guidance, features, reference)
     assert got.shape == (4,)
-    torch.testing.assert_close(got.double(), naive(guidance, features, reference), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.double(), naive(guidance, features, reference), rtol=1e-9, atol=1e-9)
 
 
 def test_text_score_is_the_mean_cosine_over_prompts():
@@ -124,7 +126,7 @@ def test_several_references_average(guidance):
 def test_scores_are_best_at_the_reference_itself(guidance):
     reference = random_features(1, seed=1)
     best = 1.0 if isinstance(guidance, ContentGuidance) else 0.0
-    torch.testing.assert_close(score(guidance, reference, reference), torch.tensor([best]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(score(guidance, reference, reference), torch.tensor([best]), rtol=0, atol=1e-9)
     assert float(score(guidance, random_features(1, seed=0), reference)) < best - 0.1
 
 
@@ -132,7 +134,7 @@ def test_scores_are_best_at_the_reference_itself(guidance):
 def test_scores_are_dimensionless(guidance, size):
     wanted = score(guidance, random_features(3, seed=0), random_features(2, seed=1))
     got = score(guidance, random_features(3, seed=0, size=size), random_features(2, seed=1, size=size))
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_scores_are_float32_for_half_features(guidance):
@@ -143,7 +145,7 @@ def test_scores_are_float32_for_half_features(guidance):
     exact = [Features(tuple(m.float() for m in f.maps), f.embed.float()) for f in half]
     got = score(guidance, *half)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got, score(guidance, *exact), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(got, score(guidance, *exact), rtol=1e-9, atol=1e-9)
 
 
 def test_a_reference_without_features_gives_finite_scores():
@@ -154,7 +156,7 @@ def test_a_reference_without_features_gives_finite_scores():
 
 def test_centred_gram_ignores_each_channels_mean(draw):
     m, offset = draw(2, 4, 5, 6), 3 * draw(2, 4, 1, 1, seed=1)
-    torch.testing.assert_close(gram(m + offset), gram(m), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gram(m + offset), gram(m), rtol=1e-9, atol=1e-9)
     assert float((gram(m + offset, centred=False) - gram(m, centred=False)).abs().max()) > 1
 
 
@@ -203,7 +205,7 @@ def test_fit_cuts_the_middle_out(source, target, draw):
     image = draw(2, 3, *source).clamp(-1, 1)
     top, left = ((s - t) // 2 for s, t in zip(source, target, strict=True))
     wanted = image[..., top : top + target[0], left : left + target[1]]
-    torch.testing.assert_close(fit(image, *target), wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(fit(image, *target), wanted, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(("source", "target"), [((64, 96), (16, 16)), ((7, 5), (32, 48)), ((33, 100), (20, 31))])
@@ -253,5 +255,5 @@ def test_the_gradient_of_a_sum_is_the_weighted_sum_in_any_order(tiny_encoder, dr
         )[0]  # fmt: skip
 
     singles = sum(gradient([k]) for k in range(3))
-    torch.testing.assert_close(gradient([0, 1, 2]), singles, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(gradient([2, 0, 1]), gradient([0, 1, 2]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradient([0, 1, 2]), singles, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient([2, 0, 1]), gradient([0, 1, 2]), rtol=1e-9, atol=1e-9)

@@ -25,6 +25,8 @@ from sdg_core.method import (
     rms,
 )
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 UNBOUND = Strength(cap=None)
 
 
@@ -81,7 +83,7 @@ def test_shift_is_sigma_squared_over_alpha_times_the_gradient(convention, sigma,
     got = guide(denoised, x_t, torch.full((4,), sigma), run)
     shift = sigma**2 / alpha * grad
     assert float(rms(shift).min()) > 0
-    torch.testing.assert_close(got - denoised, shift, rtol=1e-3, atol=1e-4 * float(shift.abs().max()))
+    torch.testing.assert_close(got - denoised, shift, rtol=1e-9, atol=1e-9 * float(shift.abs().max()))
 
 
 def test_without_terms_denoised_itself_comes_back(step):
@@ -112,7 +114,7 @@ def test_inputs_are_left_alone(tiny_encoder, all_terms, step):
 
 def test_a_negative_scale_pushes_the_other_way(tiny_encoder, all_terms, step):
     pull, push = (guide(*step, make_run(*all_terms(tiny_encoder(), scale))) for scale in (5.0, -5.0))
-    torch.testing.assert_close(pull - step[0], step[0] - push, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pull - step[0], step[0] - push, rtol=1e-9, atol=1e-9)
 
 
 def test_an_interval_begins_with_its_start_and_ends_before_its_end(tiny_encoder, kinds, step):
@@ -164,9 +166,9 @@ def test_cap_bounds_the_shift_by_the_models_own_step(convention, scale, tiny_enc
     bound = rms(free) > 0.5 * own
     assert bool(bound.all()) == bool(bound.any()) == (scale == 1e6)
     wanted = free * (0.5 * own / rms(free)).clamp(max=1).view(-1, 1, 1, 1)
-    torch.testing.assert_close(shift, wanted, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(shift, wanted, rtol=1e-9, atol=1e-9)
     assert run.trace[0].capped.tolist() == bound.tolist()
-    torch.testing.assert_close(run.trace[0].pull, rms(wanted) / own, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(run.trace[0].pull, rms(wanted) / own, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
@@ -174,15 +176,15 @@ def test_relative_strength_is_a_fraction_of_the_models_own_step(scale, tiny_enco
     denoised, x_t, sigma = step
     run = make_run(*all_terms(tiny_encoder(), scale), strength=Strength("relative", 0.3))
     shift = guide(denoised, x_t, sigma, run) - denoised
-    torch.testing.assert_close(rms(shift), 0.3 * rms(x_t - denoised), rtol=1e-4, atol=0)
+    torch.testing.assert_close(rms(shift), 0.3 * rms(x_t - denoised), rtol=1e-9, atol=0)
     free = guide(denoised, x_t, sigma, make_run(*all_terms(tiny_encoder(), 1.0))) - denoised
     similarity = F.cosine_similarity(shift.flatten(1), free.flatten(1))
-    torch.testing.assert_close(similarity, torch.ones(4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(similarity, torch.ones(4), rtol=0, atol=1e-9)
 
 
 def test_without_a_cap_the_shift_grows_with_the_scale(tiny_encoder, all_terms, step):
     one, many = (guide(*step, make_run(*all_terms(tiny_encoder(), scale))) - step[0] for scale in (1.0, 1e4))
-    torch.testing.assert_close(many, 1e4 * one, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(many, 1e4 * one, rtol=1e-9, atol=1e-2)
 
 
 def test_a_step_of_zero_leaves_nothing_to_pull_with(tiny_encoder, all_terms, step):
@@ -209,7 +211,7 @@ class BrokenGuidance:
         return features.embed.sum(dim=1) * factor
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e306])
 @pytest.mark.parametrize("strength", [UNBOUND, Strength(), Strength("relative", 0.5)])
 def test_a_gradient_that_is_not_finite_leaves_its_sample_unguided(value, strength, tiny_encoder, step):
     denoised, x_t, sigma = step
@@ -233,7 +235,7 @@ def test_a_batch_equals_its_samples_alone(tiny_encoder, all_terms, step):
         batch = guide(*step, make_run(*all_terms(tiny_encoder()), strength=strength))
         for i in range(4):
             single = guide(*(v[i : i + 1] for v in step), make_run(*all_terms(tiny_encoder()), strength=strength))
-            torch.testing.assert_close(batch[i : i + 1], single, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(batch[i : i + 1], single, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["text", "content", "structure", "style"])
@@ -244,22 +246,22 @@ def test_a_batch_of_several_sigmas_equals_its_samples_alone(kind, tiny_encoder, 
     for i in range(4):
         single = (v[i : i + 1] for v in (denoised, x_t, sigma))
         wanted = guide(*single, make_run(Term(kinds[kind], tiny_encoder(), 50.0)))
-        torch.testing.assert_close(batch[i : i + 1], wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(batch[i : i + 1], wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_terms_add_up_in_any_order(tiny_encoder, all_terms, step):
     terms = all_terms(tiny_encoder())
     together = guide(*step, make_run(*terms)) - step[0]
     alone = [guide(*step, make_run(term)) - step[0] for term in terms]
-    torch.testing.assert_close(together, sum(alone), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(guide(*step, make_run(*terms[::-1])) - step[0], together, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together, sum(alone), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(guide(*step, make_run(*terms[::-1])) - step[0], together, rtol=1e-9, atol=1e-9)
 
 
 def test_two_encoders_gradients_add(tiny_encoder, kinds, step):
     terms = Term(kinds["content"], tiny_encoder(0), 5.0), Term(kinds["style"], tiny_encoder(1, gain=0.5), 9.0)
     together = guide(*step, make_run(*terms)) - step[0]
     alone = [guide(*step, make_run(term)) - step[0] for term in terms]
-    torch.testing.assert_close(together, alone[0] + alone[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together, alone[0] + alone[1], rtol=1e-9, atol=1e-9)
     assert [term.encoder.calls for term in terms] == [4, 4]  # reference and picture, together and alone
 
 
@@ -329,7 +331,7 @@ def test_trace_holds_the_scores_of_every_term(tiny_encoder, kinds, step):
     embed = encoder(x_t / math.sqrt(5), t, 3).embed
     text = F.cosine_similarity(embed[:, None], kinds["text"].embed[None], dim=-1).mean(dim=1)
     assert trace.sigma == 2.0
-    torch.testing.assert_close(trace.scores[0], text.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(trace.scores[0], text.detach(), rtol=1e-9, atol=1e-9)
     assert not trace.scores[1].any()
 
 

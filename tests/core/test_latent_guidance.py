@@ -27,6 +27,8 @@ from sdg_core.method import (
     rms,
 )
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 FACTORS = torch.tensor([[0.3, -0.2, 0.5, 0.1], [0.1, 0.4, -0.3, 0.2], [-0.5, 0.2, 0.1, 0.7]])
 BIAS = torch.tensor([0.1, -0.3, 0.2])
 VIEW = LinearView("toy", FACTORS, BIAS)
@@ -103,7 +105,7 @@ def test_the_encoder_sees_the_vp_scaled_picture(convention, sigma, draw):
     clean = [reference, picture(x_0, 1.0)]
     for (seen, t), wanted, noise in zip(encoder.seen, clean, (fixed, eps), strict=True):
         mixed = math.sqrt(abar) * wanted + math.sqrt(1 - abar) * picture(noise, 0.0)
-        torch.testing.assert_close(seen, mixed, rtol=0, atol=1e-5)
+        torch.testing.assert_close(seen, mixed, rtol=0, atol=1e-9)
         assert float(TABLE.sigma(t)) == pytest.approx(sigma / alpha, rel=1e-4)
 
 
@@ -118,7 +120,7 @@ def test_an_encoder_that_averages_noise_is_told_of_less(convention, draw):
     abar = 1 / (1 + ratio**2)
     seen, t = encoder.seen[-1]
     wanted = math.sqrt(abar) * picture(x_0, 1.0) + math.sqrt(1 - abar) / gain * picture(eps, 0.0)
-    torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-9)
     assert float(TABLE.sigma(t)) == pytest.approx(ratio, rel=1e-4)
 
 
@@ -151,7 +153,7 @@ def test_the_shift_equals_finite_differences(convention, sigma, tiny_encoder, dr
     wanted = sigma**2 / alpha * slope
     run = make_run(Term(TextGuidance(embed), encoder, 7.0), convention=convention)
     got = guide(torch.zeros_like(x_t), x_t, torch.tensor([sigma]), run)
-    torch.testing.assert_close(got.double(), wanted, rtol=2e-4, atol=2e-5 * float(wanted.abs().max()))
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-9, atol=1e-9 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("cap", [None, 0.05])
@@ -161,7 +163,7 @@ def test_a_batch_of_four_equals_four_singles(convention, cap, all_terms, step):
     for i in range(4):
         single = (v[i : i + 1] for v in step)
         wanted = guide(*single, make_run(*all_terms(50.0), convention=convention, cap=cap))
-        torch.testing.assert_close(batch[i : i + 1], wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(batch[i : i + 1], wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_scale_zero_returns_the_input_itself(all_terms, step):
@@ -183,5 +185,5 @@ def test_the_cap_counts_every_sample_by_itself(all_terms, step):
     assert bound.any()
     assert not bound.all()
     wanted = free * (own / rms(free)).clamp(max=1).view(-1, 1, 1, 1)
-    torch.testing.assert_close(shift, wanted, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(shift, wanted, rtol=1e-9, atol=1e-9)
     assert run.trace[0].capped.tolist() == bound.tolist()

@@ -22,6 +22,8 @@ from sdg_core.method import (
     guide,
 )
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 SIGMA = torch.full((5,), 2.0)
 
 
@@ -73,8 +75,8 @@ def warnings_of(caplog) -> list[str]:
 @pytest.mark.parametrize("most", [1, 2, 4])
 def test_parts_give_the_same_result(most, reads, small_memory, make_run, step):
     whole, parts = make_run(small_memory(math.inf), reads), make_run(small_memory(most), reads)
-    torch.testing.assert_close(guide(*step, parts), guide(*step, whole), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(parts.trace[0].scores, whole.trace[0].scores, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(guide(*step, parts), guide(*step, whole), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(parts.trace[0].scores, whole.trace[0].scores, rtol=1e-9, atol=1e-9)
 
 
 def test_parts_are_remembered_and_told_of_once(small_memory, make_run, step, caplog):
@@ -139,4 +141,4 @@ def test_frames_of_a_video_in_parts_follow_their_own_references(small_memory, dr
         encoder.most = most
         results.append(guide(*video, run))
     assert encoder.passes[-4:] == [5, 2, 2, 1]
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)

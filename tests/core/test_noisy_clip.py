@@ -35,6 +35,8 @@ from sdg_core.method import (
     timestep_embedding,
 )
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 CONFIGS = {
     "resnet": {
@@ -106,7 +108,7 @@ def test_an_untrained_noisy_clip_is_the_clean_clip_at_every_t(kind, draw):
     wanted = make_clip(kind).encode_image(normalised)
     for t in ([0.0], [999.0], T):
         embed = model(x, torch.tensor(t), model.full_depth).embed
-        torch.testing.assert_close(embed, wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(embed, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_t_matters_after_training(kind, draw):
@@ -157,7 +159,7 @@ def test_a_shared_t_equals_the_same_t_per_sample(kind, draw):
     model, x = make_noisy(kind), draw(3, 3, 32, 32)
     for t in T:
         shared = model(x, torch.tensor([t]), model.full_depth)
-        assert_same(model(x, torch.full((3,), t), model.full_depth), shared, 1e-5)
+        assert_same(model(x, torch.full((3,), t), model.full_depth), shared, 1e-9)
 
 
 def test_samples_do_not_mix(kind, draw):
@@ -165,7 +167,7 @@ def test_samples_do_not_mix(kind, draw):
     batch = model(x, t, model.full_depth)
     for i in range(3):
         single = model(x[i : i + 1], t[i : i + 1], model.full_depth)
-        assert_same(type(batch)(tuple(m[i : i + 1] for m in batch.maps), batch.embed[i : i + 1]), single, 1e-5)
+        assert_same(type(batch)(tuple(m[i : i + 1] for m in batch.maps), batch.embed[i : i + 1]), single, 1e-9)
 
 
 def test_no_hook_or_folded_weight_stays_behind(kind, draw):

@@ -125,8 +125,10 @@ def random_tensor(name: str, shape: tuple[int, ...], pools: Mapping[int, Tensor]
 
 
 def second_implementation(state: Mapping[str, Tensor], image: Tensor, t: Tensor) -> list[Tensor]:
-    """Stem, layer1..layer4 and the pooled embedding of noisy pictures (B, 3, S, S) in -1..1 at t (B,)."""
-    angles = t[:, None] * 10_000 ** (-torch.arange(64) / 64)
+    """Stem, layer1..layer4 and the pooled embedding of noisy pictures (B, 3, S, S) in -1..1 at t (B,), in float64."""
+    state = {name: value.double() for name, value in state.items()}
+    image = image.double()
+    angles = t.double()[:, None] * 10_000 ** (-torch.arange(64).double() / 64)
     hidden = torch.cat([angles.cos(), angles.sin()], 1)
     for name in ("time_embed.0", "time_embed.2", "emb_layers.1"):
         hidden = F.linear(hidden if name == "time_embed.0" else hidden.relu(), *pair(state, name))
@@ -151,7 +153,8 @@ def second_implementation(state: Mapping[str, Tensor], image: Tensor, t: Tensor)
             x = normalise(x, f"{name}.downsample.1")
         return (x + y).relu()
 
-    x = ((image + 1) / 2 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    mean, std = (image.new_tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    x = ((image + 1) / 2 - mean) / std
     for place, stride in ((0, 2), (3, 1), (6, 1)):
         x = F.conv2d(x, state[f"visual_frozen.{place}.weight"], stride=stride, padding=1)
         x = modulate(normalise(x, f"visual_frozen.{place + 1}")).relu()
@@ -182,11 +185,12 @@ def pair(state: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
 
 
 def features(encoder: NoisyCLIP, image: Tensor, t: list[float]) -> list[Tensor]:
-    out = encoder(image, torch.tensor(t), encoder.full_depth)
+    """In float64."""
+    out = encoder.double()(image, torch.tensor(t, dtype=torch.float64), encoder.full_depth)
     return [*out.maps, out.embed]
 
 
-def assert_close(found: list[Tensor], wanted: list[Tensor], tolerance: float = 1e-4) -> None:
+def assert_close(found: list[Tensor], wanted: list[Tensor], tolerance: float = 1e-9) -> None:
     for one, other in zip(found, wanted, strict=True):
         assert one.shape == other.shape
         assert float((one - other).abs().max()) <= tolerance * float(other.abs().max())

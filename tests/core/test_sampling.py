@@ -29,10 +29,12 @@ from sdg_core.models import (
     posterior,
 )
 
-FLOW_SIGMAS = torch.linspace(1, 0, 11)
+pytestmark = pytest.mark.usefixtures("float64")
+
+FLOW_SIGMAS = torch.linspace(1, 0, 11, dtype=torch.float64)
 TABLE = TimestepTable.from_name("linear")
 TIMESTEPS = [999, 900, 750, 500, 300, 120, 40, 10, 1, 0]
-SIGMAS = torch.cat([TABLE.sigma(torch.tensor(TIMESTEPS)), torch.zeros(1)]).float()
+SIGMAS = torch.cat([TABLE.sigma(torch.tensor(TIMESTEPS)), torch.zeros(1)]).double()
 CONFIG = ADMConfig(
     image_size=16, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(1,), head_channels=32
 )
@@ -111,7 +113,7 @@ def test_paper_without_guidance_is_guided_diffusions_sampling_loop(learn_sigma, 
     noise, diffusion, random = draw(2, 3, 16, 16), SpacedDiffusion(TIMESTEPS[::-1]), generator()
     x = noise.double().numpy()
     for i, t in reversed(list(enumerate(TIMESTEPS[::-1]))):
-        out = unet(torch.from_numpy(x).float(), torch.full((2,), t)).double().numpy()
+        out = unet(torch.from_numpy(x), torch.full((2,), float(t))).double().numpy()
         eps, v = np.split(out, 2, axis=1) if learn_sigma else (out, -1.0)
         x_0 = np.sqrt(1 / diffusion.abar[i]) * x - np.sqrt(1 / diffusion.abar[i] - 1) * eps
         x = diffusion.mean(i, x_0.clip(-1, 1), x)
@@ -120,7 +122,7 @@ def test_paper_without_guidance_is_guided_diffusions_sampling_loop(learn_sigma, 
             x = x + np.exp(diffusion.log_variance(i, v) / 2) * fresh
     got = last(paper(ADMDenoiser(unet).predict, initial(noise, SIGMAS[0]), SIGMAS, generator()))
     assert float(got.std()) > 0.1
-    torch.testing.assert_close(got.double(), torch.from_numpy(x), rtol=0, atol=2e-3)
+    torch.testing.assert_close(got.double(), torch.from_numpy(x), rtol=0, atol=1e-9)
 
 
 def test_paper_shifts_the_mean_by_sigma_times_the_gradient(tiny_encoder, draw):
@@ -144,7 +146,7 @@ def test_paper_shifts_the_mean_by_sigma_times_the_gradient(tiny_encoder, draw):
     )
     got = last(paper(lambda x, s: Prediction(curved(x, s)), initial(noise, SIGMAS[0]), SIGMAS, generator(), run))
     free = last(paper(lambda x, s: Prediction(curved(x, s)), initial(noise, SIGMAS[0]), SIGMAS, generator()))
-    torch.testing.assert_close(got, u, rtol=0, atol=2e-3)
+    torch.testing.assert_close(got, u, rtol=0, atol=1e-9)
     assert float((got - free).abs().max()) > 0.05
 
 
@@ -194,13 +196,13 @@ def ddim(noise: Tensor, eta: float, random: torch.Generator) -> Tensor:
 def test_euler_is_ddim(draw):
     noise = draw(2, 3, 8, 8)
     got = last(euler(curved, initial(noise, SIGMAS[0]), SIGMAS))
-    torch.testing.assert_close(got.double(), ddim(noise, 0.0, generator()), rtol=0, atol=1e-3)
+    torch.testing.assert_close(got.double(), ddim(noise, 0.0, generator()), rtol=0, atol=1e-9)
 
 
 def test_euler_ancestral_is_ddim_with_eta_one(draw):
     noise = draw(2, 3, 8, 8)
     got = last(euler_ancestral(curved, initial(noise, SIGMAS[0]), SIGMAS, generator()))
-    torch.testing.assert_close(got.double(), ddim(noise, 1.0, generator()), rtol=0, atol=1e-3)
+    torch.testing.assert_close(got.double(), ddim(noise, 1.0, generator()), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
@@ -208,15 +210,15 @@ def test_adm_denoiser_turns_its_output_into_denoised(prediction, draw):
     unet = random_unet(replace(CONFIG, prediction=prediction))
     t = torch.tensor([0, 250, 999])
     u, abar = draw(3, 3, 16, 16), TABLE.abar[t].view(-1, 1, 1, 1)
-    output, v = unet(u, t).double().chunk(2, dim=1)
+    output, v = unet(u, t.double()).chunk(2, dim=1)
     if prediction == "eps":
         wanted = (u - (1 - abar).sqrt() * output) / abar.sqrt()
     else:
         wanted = abar.sqrt() * u - (1 - abar).sqrt() * output
-    sigma = TABLE.sigma(t).float()
+    sigma = TABLE.sigma(t)
     got = ADMDenoiser(unet).predict(u * (1 + sigma.square()).sqrt().view(-1, 1, 1, 1), sigma)
-    torch.testing.assert_close(got.denoised.double(), wanted.clamp(-1, 1), rtol=0, atol=1e-3)
-    torch.testing.assert_close(got.variance_fraction.double(), (v + 1) / 2, rtol=0, atol=1e-4)
+    torch.testing.assert_close(got.denoised.double(), wanted.clamp(-1, 1), rtol=0, atol=1e-9)
+    torch.testing.assert_close(got.variance_fraction.double(), (v + 1) / 2, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine"])
@@ -227,17 +229,17 @@ def test_latents_are_not_clamped(prediction, schedule, draw):
     t = torch.tensor([5, 250, 600])
     table = TimestepTable.from_name(schedule)
     u, abar = 3 * draw(3, 4, 16, 16), table.abar[t].view(-1, 1, 1, 1)
-    output, v = unet(u, t).double().chunk(2, dim=1)
+    output, v = unet(u, t.double()).chunk(2, dim=1)
     if prediction == "eps":
         wanted = (u - (1 - abar).sqrt() * output) / abar.sqrt()
     else:
         wanted = abar.sqrt() * u - (1 - abar).sqrt() * output
     assert float(wanted.abs().max()) > 3
-    sigma = table.sigma(t).float()
+    sigma = table.sigma(t)
     denoiser = ADMDenoiser(unet)
     got = denoiser.predict(u * (1 + sigma.square()).sqrt().view(-1, 1, 1, 1), sigma)
-    torch.testing.assert_close(got.denoised.double(), wanted, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(got.variance_fraction.double(), (v + 1) / 2, rtol=0, atol=1e-4)
+    torch.testing.assert_close(got.denoised.double(), wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got.variance_fraction.double(), (v + 1) / 2, rtol=0, atol=1e-9)
     assert (denoiser.convention, denoiser.shape) == (Convention.VE, (4, 16, 16))
 
 
@@ -302,7 +304,7 @@ def test_euler_ancestral_flow_keeps_a_part_of_the_noise_and_renews_the_rest(draw
         if s_next > 0:
             x = x + math.sqrt(s_next**2 - k**2) * torch.randn(noise.shape, generator=random).double()
     got = last(euler_ancestral_flow(curved, noise, FLOW_SIGMAS, generator()))
-    torch.testing.assert_close(got.double(), x, rtol=0, atol=1e-4)
+    torch.testing.assert_close(got.double(), x, rtol=0, atol=1e-9)
 
 
 SAMPLERS = {
@@ -323,7 +325,7 @@ def test_samplers_yield_every_step_and_end_on_the_last_estimate(name, draw):
     assert [step.index for step in steps] == list(range(10))
     assert {step.steps for step in steps} == {10}
     assert [step.sigma for step in steps] == sigmas_of(name)[:-1].tolist()
-    torch.testing.assert_close(steps[-1].x, steps[-1].denoised, rtol=0, atol=1e-5)
+    torch.testing.assert_close(steps[-1].x, steps[-1].denoised, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

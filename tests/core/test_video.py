@@ -23,6 +23,8 @@ from sdg_core.method import (
     guide,
 )
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 B, FRAMES = 2, 5
 VIEW = LinearView("toy", torch.tensor([[0.3, -0.2, 0.5], [0.1, 0.4, -0.3], [-0.5, 0.2, 0.1]]), torch.zeros(3))
 SIGMA = torch.full((B,), 0.6)
@@ -77,7 +79,7 @@ def test_a_video_equals_its_frames_folded_into_the_batch(strength, encoder, vide
     pictures = guide(
         folded(denoised), folded(x_t), SIGMA.repeat_interleave(FRAMES), make_run(*terms, strength=strength)
     )
-    torch.testing.assert_close(folded(got), pictures, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(folded(got), pictures, rtol=1e-9, atol=1e-9)
     assert not torch.equal(got, denoised)
 
 
@@ -87,7 +89,7 @@ def test_videos_of_a_batch_keep_their_own_noise_level(encoder, video, images):
     got = guide(denoised, x_t, torch.tensor([0.3, 0.8]), run)
     for b, s in enumerate((0.3, 0.8)):
         alone = guide(denoised[b : b + 1], x_t[b : b + 1], torch.tensor([s]), make_run(*run.terms))
-        torch.testing.assert_close(got[b : b + 1], alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got[b : b + 1], alone, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def test_chosen_frames_change_and_no_others(chosen, wanted, encoder, video, imag
     for f in range(FRAMES):
         if f in wanted:
             assert not torch.equal(frame(got, f), frame(denoised, f))
-            torch.testing.assert_close(frame(got, f), frame(everywhere, f), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(frame(got, f), frame(everywhere, f), rtol=1e-9, atol=1e-9)
         else:
             assert torch.equal(frame(got, f), frame(denoised, f))
 
@@ -122,7 +124,7 @@ def test_frames_that_are_not_chosen_cost_no_pass(strength, tiny_encoder, video, 
         everywhere = [Term(term.guidance, encoder, term.scale) for term in terms]
         sample = (frame(denoised, f), frame(x_t, f), SIGMA)
         alone = guide(*sample, make_run(*everywhere, strength=strength))
-        torch.testing.assert_close(frame(got, f), alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(frame(got, f), alone, rtol=1e-9, atol=1e-9)
     assert [torch.equal(frame(got, f), frame(denoised, f)) for f in (1, 2, 4)] == [True] * 3
 
 
@@ -149,7 +151,7 @@ def test_with_as_many_references_as_frames_each_frame_follows_its_own(kind, enco
     for f in range(FRAMES):
         run = make_run(Term(kind(images[f : f + 1]), encoder, 5.0))
         alone = guide(frame(denoised, f), frame(x_t, f), SIGMA, run)
-        torch.testing.assert_close(frame(got, f), alone, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(frame(got, f), alone, rtol=1e-9, atol=1e-9)
 
 
 def test_references_of_chosen_frames_are_those_of_their_place_in_the_video(encoder, video, images):
@@ -157,7 +159,7 @@ def test_references_of_chosen_frames_are_those_of_their_place_in_the_video(encod
     everywhere = guide(denoised, x_t, SIGMA, make_run(Term(ContentGuidance(images), encoder, 50.0)))
     got = guide(denoised, x_t, SIGMA, make_run(Term(ContentGuidance(images), encoder, 50.0, frames=(1, -1))))
     for f in (1, 4):
-        torch.testing.assert_close(frame(got, f), frame(everywhere, f), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(frame(got, f), frame(everywhere, f), rtol=1e-9, atol=1e-9)
 
 
 def test_fewer_references_are_spread_from_the_first_frame_to_the_last(encoder, video, images):
@@ -167,14 +169,14 @@ def test_fewer_references_are_spread_from_the_first_frame_to_the_last(encoder, v
     for f, r in [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1)]:
         run = make_run(Term(ContentGuidance(images[r : r + 1]), encoder, 50.0))
         alone = guide(frame(denoised, f), frame(x_t, f), SIGMA, run)
-        torch.testing.assert_close(frame(got, f), alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(frame(got, f), alone, rtol=1e-9, atol=1e-9)
 
 
 def test_one_reference_serves_all_frames_and_several_are_averaged_for_pictures(encoder, video, images):
     denoised, x_t = video
     got = guide(denoised, x_t, SIGMA, make_run(Term(ContentGuidance(images[:1]), encoder, 50.0)))
     same = guide(denoised, x_t, SIGMA, make_run(Term(ContentGuidance(images[:1].repeat(5, 1, 1, 1)), encoder, 50.0)))
-    torch.testing.assert_close(got, same, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, same, rtol=1e-9, atol=1e-9)
     picture = [frame(v, 0) for v in video]
     free = Strength(cap=None)
     run = make_run(Term(ContentGuidance(images[:2]), encoder, 5.0), strength=free)
@@ -183,7 +185,7 @@ def test_one_reference_serves_all_frames_and_several_are_averaged_for_pictures(e
         guidance_shift(*picture, SIGMA, make_run(Term(ContentGuidance(image[None]), encoder, 5.0), strength=free))
         for image in images[:2]
     ]
-    torch.testing.assert_close(together, sum(alone) / 2, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(together, sum(alone) / 2, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 36), (2, 108)])

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from sdg_core.method import PIXEL_VIEW, DecodedView, LatentFormat, LinearView
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 FACTORS = ((0.3, -0.2, 0.5, 0.1), (0.1, 0.4, -0.3, 0.2), (-0.5, 0.2, 0.1, 0.7))
 BIAS = (0.1, -0.3, 0.2)
 SPACE = LatentFormat("toy", 4, FACTORS, BIAS, scale=0.5, shift=0.25, downscale=4)
@@ -23,7 +25,9 @@ def unpack(x: Tensor) -> Tensor:
     return F.pixel_shuffle(x, 2)
 
 
-PACKED = LinearView("packed", torch.tensor(FACTORS), torch.tensor(BIAS), unpack, patch=2)
+PACKED = LinearView(
+    "packed", torch.tensor(FACTORS, dtype=torch.float64), torch.tensor(BIAS, dtype=torch.float64), unpack, patch=2
+)
 LINEAR = [(SPACE.linear_view(), 4), (PACKED, 16)]
 
 
@@ -46,8 +50,8 @@ def test_pixels_are_the_picture(draw):
 def test_linear_view_is_factors_times_x_plus_bias_by_signal(draw):
     x, signal = draw(3, 4, 6, 5), torch.tensor([1.0, 0.3, 0.0])
     got = SPACE.linear_view().picture(x, signal)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), linear_by_hand(x, signal), rtol=0, atol=1e-5)
+    assert got.dtype == x.dtype
+    torch.testing.assert_close(got.double(), linear_by_hand(x, signal), rtol=0, atol=1e-9)
 
 
 def test_a_packed_latent_is_unpacked_first(draw):
@@ -57,7 +61,7 @@ def test_a_packed_latent_is_unpacked_first(draw):
     for i in (0, 1):
         for j in (0, 1):
             wanted = linear_by_hand(x[:, 2 * i + j :: 4], signal)
-            torch.testing.assert_close(got[:, :, i::2, j::2].double(), wanted, rtol=0, atol=1e-5)
+            torch.testing.assert_close(got[:, :, i::2, j::2].double(), wanted, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(("view", "channels"), LINEAR)
@@ -72,13 +76,13 @@ def test_noise_and_data_add_up_to_the_noisy_picture(view, channels, draw):
     x_0, eps, alpha, sigma = draw(2, channels, 6, 6), draw(2, channels, 6, 6, seed=1), 0.6, 1.7
     got = view.picture(alpha * x_0 + sigma * eps, torch.full((2,), alpha))
     wanted = alpha * view.picture(x_0, torch.ones(2)) + sigma * view.noise(eps)
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(("view", "channels"), LINEAR)
 def test_unit_noise_has_the_covariance_and_stays_white(view, channels, draw):
     wanted = torch.tensor([[sum(a * b for a, b in zip(p, q, strict=True)) for q in FACTORS] for p in FACTORS])
-    torch.testing.assert_close(view.covariance, wanted)
+    torch.testing.assert_close(view.covariance.double(), wanted, rtol=0, atol=1e-6)  # factors may be float32
     seen = view.noise(draw(8, channels, 64, 64))
     flat = seen.transpose(0, 1).flatten(1)
     error = 6 * float(wanted.diag().max()) / math.sqrt(flat.shape[1])  # four standard errors or more

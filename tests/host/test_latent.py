@@ -621,7 +621,7 @@ def test_cancelling_ends_the_run_within_a_step_and_leaves_nothing(
 
     def spy(*args):
         state = original(*args)
-        states.append((weakref.ref(state), weakref.ref(state._chunks)))
+        states.append((weakref.ref(state), weakref.ref(state.chunks)))
         return state
 
     def cancel(step, *_):
