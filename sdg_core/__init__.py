@@ -1,8 +1,8 @@
 """Semantic Diffusion Guidance without a host: what a Python user, the nodes and the commands import.
 
 Rooms, each importing only from those after it: ``commands``; ``avatars`` and ``training``; ``models`` and
-``encoders``; ``files`` and ``method``, where the formulas are. Heavy packages (open_clip, Accelerate, matplotlib) are
-imported at first use.
+``encoders``; ``files``, ``pictures`` and ``method``, where the formulas are. Heavy packages (open_clip, Accelerate,
+matplotlib) are imported at first use.
 """
 
 from .avatars import BUNDLED, Pull, World, load_world, sample, seeded_noise
@@ -23,7 +23,8 @@ from .method import (
     combine,
     guide,
 )
-from .models import ADMDenoiser, guided, load_adm
+from .models import ADMDenoiser, euler, euler_ancestral, guided, load_adm
+from .pictures import read_image, write_image
 
 __all__ = [
     "BUNDLED",
@@ -45,13 +46,17 @@ __all__ = [
     "TextGuidance",
     "World",
     "combine",
+    "euler",
+    "euler_ancestral",
     "guide",
     "guided",
     "load_adm",
     "load_noisy_clip",
     "load_world",
     "open_clip_models",
+    "read_image",
     "sample",
     "save_noisy_clip",
     "seeded_noise",
+    "write_image",
 ]

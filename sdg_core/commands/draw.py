@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from ..avatars import SAMPLERS, Pull, batch_noise, draw_demo, load_world, sample
 from ..method import Strength
+from ..pictures import read_image, write_image
 from .options import add_models
-from .pictures import read_image, write_image
 from .progress import advance
 
 

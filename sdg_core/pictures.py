@@ -21,7 +21,7 @@ def read_image(path: Path) -> torch.Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def write_image(path: Path, image: torch.Tensor) -> None:
+def write_image(path: Path | str, image: torch.Tensor) -> None:
     """(3, H, W) in -1..1 to a picture file."""
     pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
     Image.fromarray(pixels.numpy()).save(path)
