@@ -169,6 +169,63 @@ def run(pack: SimpleNamespace):
     return execute
 
 
+# In float64. The host keeps x in float32 between steps, and guidance amplifies what it rounds; so models, encoders and
+# decoders compute in float64 here, and every step rounds once: equal runs then differ by that rounding only.
+
+ROUNDED = 1e-6
+"""How far two equal runs may be apart, as a part of the largest value: float32 has 24 bits, 6e-8."""
+
+
+@pytest.fixture(scope="session")
+def assert_equal_runs():
+    """assert_equal_runs(a, b, rounded): two runs in float64 gave the same, but for so many roundings."""
+
+    def check(a: torch.Tensor, b: torch.Tensor, rounded: int = 1) -> None:
+        apart = float((a - b).abs().max() / b.abs().max().clamp(min=1))
+        assert apart < rounded * ROUNDED, f"{apart:.1e} apart"
+
+    return check
+
+
+@pytest.fixture
+def exact(pack, monkeypatch):
+    """exact(patcher) -> the same one, computing in float64; and the seam's shift is computed in float64."""
+    shift = pack.seam.guidance_shift
+
+    def in_float64(denoised: torch.Tensor, x: torch.Tensor, sigma: torch.Tensor, run) -> torch.Tensor | None:
+        found = shift(denoised.double(), x.double(), sigma.double(), run)
+        return None if found is None else found.float()
+
+    monkeypatch.setattr(pack.seam, "guidance_shift", in_float64)
+    return doubled
+
+
+def doubled(patcher):
+    """A freshly loaded MODEL, NOISY_CLIP or VAE, with weights in float64."""
+    if hasattr(patcher, "first_stage_model"):
+        patcher.first_stage_model.double()
+        patcher.vae_dtype, patcher.working_dtypes = torch.float64, [torch.float64]
+        return patcher
+    net = getattr(patcher.model, "diffusion_model", patcher.model)
+    with torch.inference_mode(False):
+        net.double()
+    if hasattr(net, "dtype"):
+        net.dtype = torch.float64
+    return patcher
+
+
+@pytest.fixture
+def exact_adm(run, exact):
+    """The small random ADM in float64."""
+    return exact(run("SDGLoadADM", adm_name="random.safetensors"))
+
+
+@pytest.fixture
+def exact_noisy_clip(run, exact):
+    """The small random NoisyCLIP in float64."""
+    return exact(run("SDGLoadNoisyCLIP", noisy_clip_name="random.safetensors"))
+
+
 @pytest.fixture(scope="session")
 def adm(run):
     """A small random ADM as a MODEL."""
