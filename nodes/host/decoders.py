@@ -22,9 +22,10 @@ from comfy.taesd.taehv import TAEHV
 from comfy.taesd.taesd import TAESD
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
-from ...sdg_core.method import DecodedView, as_normal
+from ...sdg_core.method import DecodedView, as_normal, gradient_scope
 from .memory import patch_module
 
 UNREADABLE = (
@@ -159,21 +160,18 @@ def plain_layers(module: nn.Module) -> nn.Module:
 
 def _measure(decoder: nn.Module, channels: int) -> int:
     """Picture pixels to a latent pixel, found by decoding a small latent. Notes in ``decoder.bytes_per_position`` what
-    the gradient takes for each latent pixel: every layer's float32 output, forward and backward."""
-    total, side = 0, 2
+    the gradient takes for each latent pixel: what autograd keeps, and half as much for the layers at work."""
+    kept, side = {}, 2
 
-    def count(layer: nn.Module, inputs: tuple, output: object) -> None:
-        nonlocal total
-        total += 4 * output.numel() if isinstance(output, Tensor) else 0
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
 
-    hooks = [layer.register_forward_hook(count) for layer in decoder.modules() if not list(layer.children())]
-    try:
-        with torch.no_grad():
-            picture = decoder(torch.zeros(1, channels, side, side))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    decoder.bytes_per_position = 2 * total // side**2
+    with gradient_scope(decoder), saved_tensors_hooks(keep, lambda tensor: tensor):
+        picture = decoder(torch.zeros(1, channels, side, side, requires_grad=True))
+    weights = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
+    total = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
+    decoder.bytes_per_position = 3 * total // (2 * side**2)
     return picture.shape[-1] // side
 
 
