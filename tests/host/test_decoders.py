@@ -229,6 +229,7 @@ def test_no_layer_is_the_hosts_to_move_in_the_middle_of_a_gradient(pack, write, 
 
 
 @every_format
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears")
 def test_the_memory_of_a_gradient_is_known(pack, latent, write, see, name):
     """Against what torch's profiler saw at its peak."""
     write(name)
