@@ -187,10 +187,10 @@ def score_gradient(pack, run, clip, view, x: Tensor) -> Tensor:
     """Of a text's score, in the host's inference mode."""
     guidance = run("SDGTextGuidance", noisy_clip=clip, text="a red hat", scale=1.0, start_percent=0.0, end_percent=1.0)
     ones, (term,) = torch.ones(len(x)), guidance.terms
-    sight = pack.core_gradient.Sight(view, ones, torch.zeros(1))
-    target = pack.core_gradient.Target(term.guidance.target(None))
+    sight = pack.method.Sight(view, ones, torch.zeros(1))
+    target = pack.method.Target(term.guidance.target(None))
     with torch.inference_mode():
-        return pack.core_gradient.score_gradient(term.encoder, [term], ones[None], [target], x.clone(), sight)[0]
+        return pack.method.score_gradient(term.encoder, [term], ones[None], [target], x.clone(), sight)[0]
 
 
 @every_format
@@ -239,7 +239,7 @@ def test_the_memory_of_a_gradient_is_known(pack, latent, write, see, name):
         torch.autograd.grad(decoder(x).sum(), x)
     steps = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     peak = max(itertools.accumulate(event.nbytes() for event in steps if event.name() == "[memory]"))
-    assert peak < pack.patchers.decoder_bytes(decoder, x.shape, 8) < 1.5 * peak
+    assert peak < pack.memory.decoder_bytes(decoder, x.shape, 8) < 1.5 * peak
 
 
 @pytest.mark.parametrize("name", UNSEEN)
@@ -259,13 +259,13 @@ def test_every_frame_of_a_video_is_guided_as_a_picture(pack, run, clean_clip, la
         "SDGTextGuidance", noisy_clip=clean_clip, text="a red hat", scale=1e4, start_percent=0.0, end_percent=1.0
     )
     model, sigma = see("HunyuanVideo").model, torch.tensor([0.5])
-    sights = pack.host.see(model, guidance, pack.views.ViewChoice("decoded"))
+    sights = pack.views.see(model, guidance, pack.views.ViewChoice("decoded"))
     clip = some_latents("HunyuanVideo", latent("HunyuanVideo"), 3, 4, 4).movedim(0, 1)[None]
 
     def shift(x: Tensor) -> Tensor:
-        state = pack.host.open_run(model, guidance.terms, pack.core_guide.Strength(), sights)
+        state = pack.seam.open_run(model, guidance.terms, pack.method.Strength(), sights)
         with torch.inference_mode():
-            return pack.core_guide.guidance_shift(x, 1.1 * x, sigma, state)
+            return pack.method.guidance_shift(x, 1.1 * x, sigma, state)
 
     whole = shift(clip)
     assert whole.shape == clip.shape
@@ -284,7 +284,7 @@ def test_a_connected_video_decoder_passes_whole_gradients_and_stays_as_it_was(co
     weights = torch.randn(1, 3, 32, 48, generator=torch.Generator().manual_seed(2))
     pictures, grads = [], []
     for view in (connected, tiny):
-        with torch.inference_mode(), pack.core_gradient.gradient_scope(*view.modules):
+        with torch.inference_mode(), pack.method.gradient_scope(*view.modules):
             x = some_latents("Wan21", latent("Wan21"), 1).double().requires_grad_(True)
             pictures.append(view.picture(x, torch.ones(1)))
             grads += torch.autograd.grad((pictures[-1] * weights).sum(), x)
