@@ -164,7 +164,7 @@ def _measure(decoder: nn.Module, channels: int) -> int:
     kept, side = {}, 2
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        kept[tensor.untyped_storage().data_ptr()] = tensor = tensor.detach()  # or a graph would hold itself
         return tensor
 
     with gradient_scope(decoder), saved_tensors_hooks(keep, lambda tensor: tensor):

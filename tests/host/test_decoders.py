@@ -6,10 +6,12 @@ host's own folder has them.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import itertools
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,6 +242,16 @@ def test_the_memory_of_a_gradient_is_known(pack, latent, write, see, name):
     steps = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     peak = max(itertools.accumulate(event.nbytes() for event in steps if event.name() == "[memory]"))
     assert peak < pack.memory.decoder_bytes(decoder, x.shape, 8) < 1.5 * peak
+
+
+@every_format
+def test_a_view_that_is_dropped_leaves_no_weights_behind(write, see, name):
+    """Models are attached again and again; measuring memory must not keep a graph."""
+    write(name)
+    with torch.inference_mode():
+        weights = [weakref.ref(p) for p in see(name).view.modules[0].parameters()]
+    gc.collect()
+    assert not [ref for ref in weights if ref() is not None]
 
 
 @pytest.mark.parametrize("name", UNSEEN)
