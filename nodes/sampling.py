@@ -43,13 +43,14 @@ def view_inputs() -> list[io.Input]:
             options=host.VIEWS,
             default="auto",
             optional=True,
-            tooltip="What encoders see. linear: the latent's cheap colours. decoded: through TAESD or the VAE, sharper "
+            tooltip="What encoders see. linear: the latent's cheap colours. decoded: by tiny decoder or VAE, sharper "
             "and slower, clean CLIPs only. auto fits the model.",
         ),
         io.Vae.Input(
             "vae",
             optional=True,
-            tooltip="For the view decoded: the sharpest and slowest. Empty: TAESD from models/vae_approx, much faster.",
+            tooltip="For the view decoded: the sharpest and slowest. Empty: ComfyUI's tiny decoder in "
+            "models/vae_approx, much faster.",
         ),
     ]
 

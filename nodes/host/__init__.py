@@ -1,12 +1,13 @@
 """All that is peculiar to ComfyUI, each trick in one file with its why. Nodes use what is named here.
 
-``files`` and ``text`` (its folders, its words on nodes), ``encoders`` (what sockets carry), ``scaling``, ``views`` and
-``conditioning`` (its models in the terms of ``sdg_core``), ``memory`` (its model management), ``seam`` (where guidance
-enters a run), ``adm``, ``vae`` and ``paper`` (models and a sampler that it does not have).
+``files`` and ``text`` (its folders, its words on nodes), ``encoders`` (what sockets carry), ``scaling``, ``views``,
+``decoders`` and ``conditioning`` (its models in the terms of ``sdg_core``), ``memory`` (its model management),
+``seam`` (where guidance enters a run), ``adm``, ``vae`` and ``paper`` (models and a sampler that it does not have).
 """
 
 from .adm import load_adm_model
 from .conditioning import blank_conditioning, conditioning
+from .decoders import downscale_of
 from .encoders import EncoderPair, HostGuidance, NoisyCLIPValue, encoder_parts, load_encoder, single_encoder
 from .files import (
     BUNDLED_NAME,
@@ -22,7 +23,7 @@ from .paper import paper_sampler
 from .seam import attach
 from .text import NodeText
 from .vae import host_vae
-from .views import VIEWS, ViewChoice, downscale_of, linear_view
+from .views import VIEWS, ViewChoice, linear_view
 
 __all__ = [
     "BUNDLED_NAME",

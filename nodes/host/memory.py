@@ -52,8 +52,13 @@ def activation_bytes(clip: CleanCLIP) -> int:
 
 
 def decoder_bytes(decoder: nn.Module, latent_size: torch.Size, upscale: int) -> int:
-    """Roughly what the gradient of one decoded picture takes: the widest layers' outputs, at full size, in float32."""
+    """What the gradient of one decoded picture takes, if the decoder has it measured.
+
+    Otherwise roughly: the widest layers' outputs, at full size, in float32.
+    """
+    measured, (height, width) = getattr(decoder, "bytes_per_position", None), latent_size[-2:]
+    if measured is not None:
+        return measured * height * width
     widest = max((m.out_channels for m in decoder.modules() if isinstance(m, nn.Conv2d)), default=64)
     layers = sum(isinstance(m, nn.Conv2d) for m in decoder.modules())
-    height, width = latent_size[-2:]
     return 4 * widest * layers * height * width * upscale**2 // 4

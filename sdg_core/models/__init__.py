@@ -7,7 +7,7 @@ from .adm import ADMConfig, ADMUNet
 from .denoiser import ADMDenoiser, Prediction, initial, normal_sigmas, percent_to_sigma
 from .files import latent_encoder, load_adm, load_tiny_autoencoder, load_tiny_encoder, read_adm
 from .samplers import Step, euler, euler_ancestral, euler_ancestral_flow, guided, noise_like, paper, posterior
-from .tiny_autoencoder import TinyAutoencoder, decoder_from_state, encoder_from_state, tiny_decoder, tiny_encoder
+from .tiny_autoencoder import TinyAutoencoder, encoder_from_state, tiny_decoder, tiny_encoder
 
 __all__ = [
     "ADMConfig",
@@ -16,7 +16,6 @@ __all__ = [
     "Prediction",
     "Step",
     "TinyAutoencoder",
-    "decoder_from_state",
     "encoder_from_state",
     "euler",
     "euler_ancestral",

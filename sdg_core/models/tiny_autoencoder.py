@@ -1,6 +1,5 @@
-"""Tiny autoencoders as plain torch: TAESD and its kin (Bohan 2023), rebuilt from the keys and shapes of their files.
+"""Tiny autoencoders in the layout of TAESD (Bohan 2023), of any width and depth, and encoders rebuilt from their files.
 
-A host's own copy of such a model is made of layers that autograd can't always follow; these can be differentiated.
 The decoder gives pictures in 0..1, the encoder takes them.
 """
 
@@ -12,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PREFIXES = ("taesd_decoder.", "decoder.")
-ENCODER_PREFIXES = ("taesd_encoder.", "encoder.")
+PREFIXES = ("taesd_encoder.", "encoder.")
 
 
 class Clamp(nn.Module):
@@ -71,41 +69,13 @@ class TinyAutoencoder(nn.Module):
         self.decoder = tiny_decoder(width, decoder_blocks, channels)
 
 
-def decoder_from_state(state: Mapping[str, Tensor]) -> nn.Sequential:
-    """The decoder of a TAESD-like file, its width, depth and latent channels read off the keys.
+def encoder_from_state(state: Mapping[str, Tensor]) -> nn.Sequential:
+    """The encoder of a TAESD-like file, its width, depth and latent channels read off the keys.
 
-    Keys may carry a usual prefix ("taesd_decoder.", "decoder." or none); a file of encoder and
-    decoder gives its decoder. Raises ValueError where the layers are not a tiny decoder's.
+    Keys may carry a usual prefix ("taesd_encoder.", "encoder." or none); a file of encoder and decoder gives its
+    encoder. Raises ValueError where the layers are not a tiny encoder's.
     """
     state = _without_prefix(state)
-    positions = sorted({int(key.split(".")[0]) for key in state if key.split(".")[0].isdigit()})
-    if "1.weight" not in state or state["1.weight"].ndim != 4 or positions[0] != 1:
-        raise ValueError(
-            "Not a tiny decoder: it does not start with a 2-D convolution after a clamp. Wanted a file such as "
-            "taesd_decoder.safetensors, in models/vae_approx. Video decoders are of another kind: use the linear view."
-        )
-    width, latent_channels = state["1.weight"].shape[:2]
-    blocks, count = [], 0
-    for i in positions[1:-1]:
-        if f"{i}.conv.0.weight" in state:
-            count += 1
-        else:  # the convolution after an upsampling
-            blocks.append(count)
-            count = 0
-    decoder = tiny_decoder(width, (*blocks, count), latent_channels)
-    try:
-        decoder.load_state_dict({k: v.float() for k, v in state.items()})
-    except RuntimeError as error:
-        raise ValueError(f"Not a tiny decoder that this pack can rebuild: {error}") from error
-    return decoder
-
-
-def encoder_from_state(state: Mapping[str, Tensor]) -> nn.Sequential:
-    """The encoder of a TAESD-like file, read off its keys as ``decoder_from_state`` does it.
-
-    Raises ValueError where the layers are not a tiny encoder's.
-    """
-    state = _without_prefix(state, ENCODER_PREFIXES, "0.")
     positions = sorted({int(key.split(".")[0]) for key in state if key.split(".")[0].isdigit()})
     if "0.weight" not in state or state["0.weight"].ndim != 4 or state["0.weight"].shape[1] != 3:
         raise ValueError(
@@ -127,11 +97,9 @@ def encoder_from_state(state: Mapping[str, Tensor]) -> nn.Sequential:
     return encoder
 
 
-def _without_prefix(
-    state: Mapping[str, Tensor], prefixes: tuple[str, ...] = PREFIXES, first: str = "1."
-) -> dict[str, Tensor]:
-    """One half's part of a state dict, its keys from ``first`` on."""
-    for prefix in prefixes:
-        if any(key.startswith(prefix + first) for key in state):
+def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's part of a state dict, its keys from the first convolution on."""
+    for prefix in PREFIXES:
+        if any(key.startswith(f"{prefix}0.") for key in state):
             return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
     return dict(state)

@@ -367,7 +367,7 @@ def test_views_that_a_model_does_not_have_are_refused(sample, text, adm, latent_
     clean, start = text(clean_clip), {"latent_image": {"samples": torch.zeros(1, 3, 16, 16)}}
     refused(sample, r"The view is pixels.*\(made up\) have 4 channels", latent_adm("eps"), clean, view="pixels")
     refused(sample, "The view is linear, but this model draws pixels", adm, clean, view="linear", **start)
-    wanted = r"no TAESD for this model's latents \(made up\)\. Connect a VAE, or choose the view linear\."
+    wanted = r"no tiny decoder for this model's latents \(made up\)\. Connect a VAE, or choose the view linear\."
     refused(sample, wanted, latent_adm("eps"), clean, view="decoded")
 
 
@@ -396,7 +396,7 @@ def test_a_latent_without_linear_picture_is_seen_decoded_or_refused(
     wanted = r"no linear picture of this model's latents \(made up\).*view decoded and connect a VAE"
     refused(sample, wanted, model, text(clean_clip), view="linear")
     refused(sample, wanted, model, text(linear_noisy_clip))
-    refused(sample, r"no TAESD for this model's latents \(made up\)\. Connect a VAE\.$", model, text(clean_clip))
+    refused(sample, r"no tiny decoder for this model's latents \(made up\)\. Connect a VAE\.$", model, text(clean_clip))
     choice = pack.views.ViewChoice("auto", autoencoder)
     assert pack.views.choose_view(model, clean_clip.model, choice).view.name == "decoded"
 
