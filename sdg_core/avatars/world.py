@@ -17,6 +17,7 @@ from ..method import (
     PIXEL_VIEW,
     ContentGuidance,
     Convention,
+    DecodedView,
     Guidance,
     GuidanceRun,
     Strength,
@@ -85,7 +86,8 @@ class WorldName:
 class World:
     """Model, encoder and what measures them. ``renders`` (N, 3, 32, 32) in -1..1, ``labels`` (N, A), -1 unknown.
 
-    ``decode`` makes pictures of what the model draws. ``scales`` and ``intervals`` are the defaults by kind.
+    ``decoded`` makes pictures of latents, None where the model draws pictures. ``scales`` and ``intervals`` are the
+    defaults by kind.
     """
 
     denoiser: ADMDenoiser
@@ -95,9 +97,13 @@ class World:
     labels: Tensor
     view: View = PIXEL_VIEW
     variance: float = 0.25
-    decode: Callable[[Tensor], Tensor] = lambda x: x
+    decoded: DecodedView | None = None
     scales: Mapping[str, float] = field(default_factory=lambda: DEFAULT_SCALE)
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=lambda: DEFAULT_INTERVAL)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """The picture (B, 3, S, S) of what the model drew."""
+        return x if self.decoded is None else self.decoded.decode(x).clamp(-1, 1)
 
     def open_run(self, terms: tuple[Term, ...], strength: Strength) -> GuidanceRun:
         """The state of one sampling run of this world's model."""
@@ -158,7 +164,7 @@ def load_latent_world(name: WorldName) -> World:
         labels,
         decoded if name.route == "clean decoded" else space.linear_view(),
         1.0,
-        lambda x: decoded.decode(x).clamp(-1, 1),
+        decoded,
         NOISY_SCALE if noisy else CLEAN_SCALE,
         NOISY_INTERVAL if noisy else CLEAN_INTERVAL,
     )

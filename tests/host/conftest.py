@@ -202,13 +202,12 @@ def exact(pack, monkeypatch):
 
 def doubled(patcher):
     """A freshly loaded MODEL, NOISY_CLIP or VAE, with weights in float64."""
-    if hasattr(patcher, "first_stage_model"):
-        patcher.first_stage_model.double()
-        patcher.vae_dtype, patcher.working_dtypes = torch.float64, [torch.float64]
-        return patcher
-    net = getattr(patcher.model, "diffusion_model", patcher.model)
-    with torch.inference_mode(False):
+    is_vae = hasattr(patcher, "first_stage_model")
+    net = patcher.first_stage_model if is_vae else getattr(patcher.model, "diffusion_model", patcher.model)
+    with torch.inference_mode():  # as the host moves weights
         net.double()
+    if is_vae:
+        patcher.vae_dtype, patcher.working_dtypes = torch.float64, [torch.float64]
     if hasattr(net, "dtype"):
         net.dtype = torch.float64
     return patcher
