@@ -160,14 +160,20 @@ class Chunks:
                     few = [target.take(rows) for target in targets]
                     parts.append(score_gradient(encoder, terms, weights[:, rows], few, x[rows], sight.take(rows)))
                 return torch.cat([grad for grad, _ in parts]), torch.cat([scores for _, scores in parts], dim=1)
-            except torch.OutOfMemoryError:
-                if size == 1:
+            except RuntimeError as error:
+                if size == 1 or not _out_of_memory(error):
                     raise
                 told, self.size = self.size is not None, size // 2
             if not told:
                 log.warning("Out of memory in the guidance gradient of %d pictures; it is taken in parts now.", size)
             if x.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """torch's own kind; and what says so in words: CUDA and cuDNN where they allocate themselves, MPS, and the CPU."""
+    words = ("out of memory", "alloc_failed", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error).lower() for word in words)
 
 
 def _normal(features: Features) -> Features:
