@@ -322,7 +322,6 @@ def device(bench: Bench, setting: str) -> list[Row]:
 
 def memory(bench: Bench, setting: str) -> list[Row]:
     """Half of the model, and what a step takes, is all that is left of the card, but for --highvram."""
-    import comfy.memory_management
     import torch
 
     model, architecture = bench.model("SD15")
@@ -339,7 +338,7 @@ def memory(bench: Bench, setting: str) -> list[Row]:
     if not first.exists():
         torch.save(guided, first)
     apart = bench.precision.distance(guided, torch.load(first))
-    dynamic = getattr(comfy.memory_management, "aimdo_enabled", False)
+    dynamic = getattr(sys.modules.get("comfy.memory_management"), "aimdo_enabled", False)  # absent from older hosts
     result = (
         f"dynamic VRAM {'on' if dynamic else 'off'}; finite {finite}; scale 0 the same bits {zero}; guided "
         f"{moved[0]:.1e} from unguided, through a VAE {moved[1]:.1e}; {apart:.1e} from the first setting"

@@ -185,11 +185,13 @@ class Family:
                 )
         return steps
 
-    def _picture(self, precision: str, encoder: str | None = None, latents: torch.dtype = torch.float32) -> Tensor:
+    def _picture(
+        self, precision: str, encoder: str | None = None, latents: torch.dtype = torch.float32, cfg: float = 1.0
+    ) -> Tensor:
         """The latent of a short run; ``encoder`` None is the host's own KSampler, "off" one guided at scale 0."""
         positive, negative = conditionings(self.architecture)
         inputs = {
-            "model": self.model(precision), "seed": 7, "steps": STEPS, "cfg": 1.0, "sampler_name": "euler",
+            "model": self.model(precision), "seed": 7, "steps": STEPS, "cfg": cfg, "sampler_name": "euler",
             "scheduler": "simple", "positive": positive, "negative": negative, "denoise": 1.0,
             "latent_image": {"samples": self.architecture.latent()["samples"].to(latents)},
         }  # fmt: skip

@@ -101,12 +101,13 @@ class Dtypes(TorchDispatchMode):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_latents_in_fp16_are_sampled_as_they_are_without_guidance(family, precision):
-    """Guided, they are as near to the run of float32 latents as unguided, within ``TIMES_PICTURE``."""
-    encoders = (None, "noisy", "clean")
-    halves, exact = ([family.picture(precision, e, d) for e in encoders] for d in (torch.float16, torch.float32))
-    if not halves[0].isfinite().all():
-        pytest.skip("This ComfyUI samples latents in fp16 to NaN, also without guidance (0.33 does not).")
-    assert torch.equal(family.picture(precision, "off", torch.float16), halves[0])
+    """Guided, they are as near to the run of float32 latents as unguided, within ``TIMES_PICTURE``.
+
+    With CFG, for without it ComfyUI 0.8 divides such latents by 1e-37, which fp16 does not hold, guided or not.
+    """
+    encoders, dtypes = (None, "noisy", "clean"), (torch.float16, torch.float32)
+    halves, exact = ([family.picture(precision, e, dtype, 2.0) for e in encoders] for dtype in dtypes)
+    assert torch.equal(family.picture(precision, "off", torch.float16, 2.0), halves[0])
     assert all(picture.isfinite().all() for picture in halves)
     plain, *guided = (rms_apart(a, b) for a, b in zip(halves, exact, strict=True))
     assert max(guided) <= TIMES_PICTURE * plain
