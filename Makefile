@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 HOST := $(or $(COMFYUI_PATH),$(HOME)/comfy/ComfyUI)
 
-.PHONY: demo test evaluate closed-form setup
+.PHONY: demo test evaluate closed-form precision gpu-check setup
 
 demo: $(VENV)/.demo
 	$(RUN) -m sdg_core demo --out demo.png
@@ -31,3 +31,11 @@ $(VENV)/.test: $(VENV)/.demo pyproject.toml tests/constraints.txt
 # Guided samples of Gaussian data through every sampler of the host, beside unguided ones: a table.
 closed-form: $(VENV)/.test
 	$(RUN) -m pytest tests/host/test_gaussian.py -o python_functions="measure_*" -q -s
+
+# How far guided models in bf16, fp16 and fp8 are from float32: two tables.
+precision: $(VENV)/.test
+	$(RUN) -m pytest tests/host/test_precision.py -o python_functions="measure_*" -q -s
+
+# What only a card can show. Says that it was skipped where there is none.
+gpu-check: $(VENV)/.test
+	$(RUN) benchmarks/gpu_check.py

@@ -226,8 +226,7 @@ class ADMUNet(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         patch = self.config.patch
-        dtype = self.out[2].weight.dtype
-        embed = self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(dtype))
+        embed = self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(x))
         h = F.pixel_unshuffle(x, patch) if patch > 1 else x
         skips = []
         for block in self.input_blocks:
