@@ -13,6 +13,7 @@ from ..sdg_core.method import Fade
 from ..sdg_core.models import load_tiny_autoencoder
 from ..sdg_core.training import retrieval_lines
 from . import host
+from .inputs import check_finite
 
 NoisyCLIPSocket = io.Custom("NOISY_CLIP")
 DOWNLOAD = "download by tag"
@@ -141,6 +142,7 @@ class SDGEncoderCrossfade(io.ComfyNode):
 
     @classmethod
     def execute(cls, noisy: host.NoisyCLIPValue, clean: host.NoisyCLIPValue, crossover: float) -> io.NodeOutput:
+        check_finite(crossover=crossover)
         pair = [host.single_encoder(value, name) for name, value in (("noisy", noisy), ("clean", clean))]
         reading = tuple(patcher.model.reads for patcher in pair)
         if reading != ("noisy", "denoised"):

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..sdg_core.method import Strength
 from . import defaults, host
 from .guidance import GuidanceSocket
+from .inputs import check_finite
 
 
 def strength_inputs() -> list[io.Input]:
@@ -57,6 +58,7 @@ def view_inputs() -> list[io.Input]:
 
 def to_strength(strength: str, cap: float) -> Strength:
     """The two widgets as one setting. Raises ValueError for relative strength without a size."""
+    check_finite(cap=cap)
     if strength == "relative" and cap == 0:
         raise ValueError(
             "Relative strength shifts by cap times the model's own step, and cap is 0. Set cap above "
@@ -188,6 +190,7 @@ class SDGGuidedKSampler(io.ComfyNode):
         view: str = "auto",
         vae: comfy.sd.VAE | None = None,
     ) -> io.NodeOutput:
+        check_finite(cfg=cfg, denoise=denoise)
         conds = host.conditioning(model, positive, negative, cfg)
         if guidance is not None:
             model = host.attach(model, guidance, to_strength(strength, cap), host.ViewChoice(view, vae))
