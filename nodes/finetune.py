@@ -156,7 +156,8 @@ class SDGFinetuneNoisyCLIP(io.ComfyNode):
             sight = sight_of(clean, size[0], model and model[0], vae and vae[0])
             training, proof = pictures(folder[0], images or [], max(sight.picture_size, clean.noise_size), seed[0])
             mm.free_memory(memory_wanted(clean, settings), patcher.load_device, [])
-            made, chart = finetuned(clean, sight, training, proof, settings, host.NodeText(cls.hidden))
+            with host.explained("a step of this fine-tuning", "Lower micro_batch or size"):
+                made, chart = finetuned(clean, sight, training, proof, settings, host.NodeText(cls.hidden))
             return io.NodeOutput(host.patch_module(made), as_host_image(chart))
 
 

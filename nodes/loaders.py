@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import comfy.model_management
 import nodes
 import torch
@@ -239,5 +241,8 @@ class SDGEmptyPixelLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, width: int, height: int, batch_size: int) -> io.NodeOutput:
-        samples = torch.zeros(batch_size, 3, height, width, device=comfy.model_management.intermediate_device())
+        what, shape = f"{batch_size} pictures of {width} x {height}", (batch_size, 3, height, width)
+        host.check_free(what, 4 * math.prod(shape))
+        with host.explained(what):
+            samples = torch.zeros(shape, device=comfy.model_management.intermediate_device())
         return io.NodeOutput({"samples": samples, "downscale_ratio_spacial": 1})

@@ -194,18 +194,19 @@ class SDGGuidedKSampler(io.ComfyNode):
         conds = host.conditioning(model, positive, negative, cfg)
         if guidance is not None:
             model = host.attach(model, guidance, to_strength(strength, cap), host.ViewChoice(view, vae))
-        (latent,) = nodes.common_ksampler(
-            model,
-            seed,
-            steps,
-            conds.cfg,
-            sampler_name,
-            scheduler,
-            conds.positive,
-            conds.negative,
-            latent_image,
-            denoise,
-        )
+        with host.explained("this sampling run"):
+            (latent,) = nodes.common_ksampler(
+                model,
+                seed,
+                steps,
+                conds.cfg,
+                sampler_name,
+                scheduler,
+                conds.positive,
+                conds.negative,
+                latent_image,
+                denoise,
+            )
         return io.NodeOutput(latent)
 
 

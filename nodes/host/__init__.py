@@ -18,7 +18,7 @@ from .files import (
     model_path,
     register_folders,
 )
-from .memory import activation_bytes, patch_module
+from .memory import activation_bytes, check_free, explained, patch_module
 from .paper import paper_sampler
 from .seam import attach
 from .text import NodeText
@@ -36,10 +36,12 @@ __all__ = [
     "activation_bytes",
     "attach",
     "blank_conditioning",
+    "check_free",
     "conditioning",
     "download_folder",
     "downscale_of",
     "encoder_parts",
+    "explained",
     "fingerprint",
     "host_vae",
     "latent_world_file",

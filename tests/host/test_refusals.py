@@ -67,3 +67,18 @@ def test_a_name_that_no_file_can_have_is_refused(pack, run, noisy_clip):
     with pytest.raises(ValueError, match="200 bytes at most") as error:
         pack.finetune.keep(noisy_clip.model, "n" * 400, True, {})
     assert len(str(error.value)) < 300
+
+
+def test_a_picture_larger_than_memory_is_refused_before_it_is_made(run):
+    wrong(run, r"4096 pictures of 16384 x 16384, .* GB are free", "SDGEmptyPixelLatent", width=2**14, height=2**14,
+          batch_size=4096)  # fmt: skip
+
+
+def test_memory_that_ends_on_the_cpu_is_explained(pack, comfy):
+    memory = pack.memory
+    with pytest.raises(ValueError, match=r"Out of memory: a thing did not fit\. Choose"), memory.explained("a thing"):
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="shape"), memory.explained("a thing"):
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+    with pytest.raises(comfy.model_management.OOM_EXCEPTION), memory.explained("a thing"):
+        raise comfy.model_management.OOM_EXCEPTION("allocate memory")
