@@ -151,9 +151,11 @@ class SDGFinetuneNoisyCLIP(io.ComfyNode):
         )  # fmt: skip
         check_finite(learning_rate=learning_rate[0])
         patcher = host.single_encoder(clip[0], "clip")
+        guided, vae = (given[0] if given else None for given in (model, vae))
+        guided, vae = None if guided is None else host.to_model(guided), host.to_vae(vae)
         with torch.inference_mode(False), torch.enable_grad():
             clean = host.load_encoder(patcher)
-            sight = sight_of(clean, size[0], model and model[0], vae and vae[0])
+            sight = sight_of(clean, size[0], guided, vae)
             training, proof = pictures(folder[0], images or [], max(sight.picture_size, clean.noise_size), seed[0])
             mm.free_memory(memory_wanted(clean, settings), patcher.load_device, [])
             with host.explained("a step of this fine-tuning", "Lower micro_batch or size"):

@@ -306,7 +306,8 @@ class SDGCombineGuidance(io.ComfyNode):
     ) -> io.NodeOutput:
         check_finite(weight_1=weight_1, weight_2=weight_2, weight_3=weight_3, weight_4=weight_4)
         pairs = [(guidance_1, weight_1), (guidance_2, weight_2), (guidance_3, weight_3), (guidance_4, weight_4)]
-        parts = [(guidance, weight) for guidance, weight in pairs if guidance is not None]
+        named = [(f"guidance_{number}", *pair) for number, pair in enumerate(pairs, 1) if pair[0] is not None]
+        parts = [(host.to_guidance(guidance, name), weight) for name, guidance, weight in named]
         if not parts:
             raise ValueError("Nothing to combine: all guidance inputs are empty. Connect at least one guidance.")
         patchers = {id(patcher): patcher for guidance, _ in parts for patcher in guidance.patchers}
@@ -337,5 +338,5 @@ class SDGGuidanceFrames(io.ComfyNode):
     @classmethod
     def execute(cls, guidance: host.HostGuidance, frames: str) -> io.NodeOutput:
         chosen = to_frames(frames)
-        terms = tuple(replace(term, frames=chosen) for term in guidance.terms)
+        terms = tuple(replace(term, frames=chosen) for term in host.to_guidance(guidance).terms)
         return io.NodeOutput(host.HostGuidance(terms, guidance.patchers))

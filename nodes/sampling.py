@@ -191,9 +191,14 @@ class SDGGuidedKSampler(io.ComfyNode):
         vae: comfy.sd.VAE | None = None,
     ) -> io.NodeOutput:
         check_finite(cfg=cfg, denoise=denoise)
-        conds = host.conditioning(model, positive, negative, cfg)
-        if guidance is not None:
-            model = host.attach(model, guidance, to_strength(strength, cap), host.ViewChoice(view, vae))
+        model, latent_image = host.to_model(model), host.to_latent(latent_image)
+        choice = host.ViewChoice(view, host.to_vae(vae))
+        pulls = [host.to_conditioning(cond, name) for cond, name in ((positive, "positive"), (negative, "negative"))]
+        conds = host.conditioning(model, *pulls, cfg)
+        if guidance is None:
+            host.check_dimensions(model, latent_image)
+        else:
+            model = host.attach(model, host.to_guidance(guidance), to_strength(strength, cap), choice)
         with host.explained("this sampling run"):
             (latent,) = nodes.common_ksampler(
                 model,
@@ -243,7 +248,8 @@ class SDGApplyGuidance(io.ComfyNode):
         view: str = "auto",
         vae: comfy.sd.VAE | None = None,
     ) -> io.NodeOutput:
-        return io.NodeOutput(host.attach(model, guidance, to_strength(strength, cap), host.ViewChoice(view, vae)))
+        pull, choice = host.to_guidance(guidance), host.ViewChoice(view, host.to_vae(vae))
+        return io.NodeOutput(host.attach(host.to_model(model), pull, to_strength(strength, cap), choice))
 
 
 class SDGPaperSampler(io.ComfyNode):
@@ -269,4 +275,5 @@ class SDGPaperSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, guidance: host.HostGuidance | None = None) -> io.NodeOutput:
-        return io.NodeOutput(comfy.samplers.KSAMPLER(host.paper_sampler(guidance)))
+        pull = None if guidance is None else host.to_guidance(guidance)
+        return io.NodeOutput(comfy.samplers.KSAMPLER(host.paper_sampler(pull)))

@@ -138,6 +138,6 @@ def check_latent(model: comfy.model_patcher.ModelPatcher, x: Tensor) -> None:
     if x.ndim not in (4, 5) or x.shape[1] != channels:
         raise ValueError(
             f"Got a latent of shape {tuple(x.shape)}; guidance reads pictures (batch, {channels}, height, width) and "
-            f"videos (batch, {channels}, frames, height, width). Nested latents of video with audio, and audio alone, "
-            "can't be guided: take Apply Guidance (SDG) out of this model's path."
+            f"videos (batch, {channels}, frames, height, width) here. Start from one of these. Nested latents "
+            "of video with audio, and audio alone, can't be guided: take Apply Guidance (SDG) out of this model's path."
         )

@@ -12,6 +12,7 @@ SAMPLING = {
     "seed": 0, "steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
     "strength": "absolute", "cap": 1.0,
 }  # fmt: skip
+FOREIGN = ["word", 7, math.nan, [1], {"a": 1}, object(), torch.zeros(2, 2), torch.nn.Linear(2, 2)]
 
 
 def wrong(run, message, node_id, **inputs):
@@ -28,6 +29,73 @@ def text(run, noisy_clip):
 def sampler(adm, text) -> dict:
     """Inputs of a Guided KSampler that runs."""
     return {"model": adm, "guidance": text, "latent_image": {"samples": torch.zeros(1, 3, 16, 16)}, **SAMPLING}
+
+
+@pytest.mark.parametrize("value", FOREIGN, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("name", ["model", "guidance", "positive", "negative", "vae"])
+def test_guided_ksampler_refuses_what_is_no_such_value(run, sampler, name, value):
+    wrong(run, rf"The input {name} got .*wanted .*Connect", "SDGGuidedKSampler", **sampler | {name: value})
+
+
+@pytest.mark.parametrize("value", [*FOREIGN, None], ids=lambda value: type(value).__name__)
+def test_sockets_that_need_a_value_refuse_others(comfy, run, adm, noisy_clip, text, value):
+    wrong(
+        run, "noisy_clip got .*wanted a NOISY_CLIP", "SDGTextGuidance", noisy_clip=value, text="a", scale=1.0, **WHOLE
+    )
+    wrong(run, "noisy got .*wanted a NOISY_CLIP", "SDGEncoderCrossfade", noisy=value, clean=noisy_clip, crossover=-1.0)
+    wrong(run, "guidance got .*wanted an SDG_GUIDANCE", "SDGGuidanceFrames", guidance=value, frames="0")
+    wrong(
+        run, "model got .*wanted a MODEL", "SDGApplyGuidance", model=value, guidance=text, strength="absolute", cap=1.0
+    )
+    wrong(
+        run, "guidance got .*SDG_GUIDANCE", "SDGApplyGuidance", model=adm, guidance=value, strength="absolute", cap=1.0
+    )
+    saved = {"name": "a", "dataset": "", "licence": "", "half": True}
+    wrong(run, "noisy_clip got .*wanted a NOISY_CLIP", "SDGSaveNoisyCLIP", noisy_clip=value, **saved)
+
+
+@pytest.mark.parametrize("value", FOREIGN, ids=lambda value: type(value).__name__)
+def test_optional_sockets_refuse_other_values(run, value):
+    wrong(run, "guidance_2 got .*wanted an SDG_GUIDANCE", "SDGCombineGuidance", guidance_2=value)
+    wrong(run, "guidance got .*wanted an SDG_GUIDANCE", "SDGPaperSampler", guidance=value)
+
+
+def test_a_patcher_of_something_else_is_neither_a_model_nor_an_encoder(pack, run, sampler):
+    linear = pack.host.patch_module(torch.nn.Linear(2, 2))
+    wrong(run, "model got a .*wanted a MODEL", "SDGGuidedKSampler", **sampler | {"model": linear})
+    wrong(run, "wanted a NOISY_CLIP", "SDGTextGuidance", noisy_clip=linear, text="a", scale=1.0, **WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("latent", "said"),
+    [
+        (None, "got nothing"),
+        ("word", "got 'word'"),
+        ({}, "got nothing; wanted a LATENT"),
+        ({"samples": [[0.0]]}, "got a list"),
+        (torch.zeros(1, 3, 16, 16), "wanted a LATENT"),
+        ({"samples": torch.zeros(0, 3, 16, 16)}, r"shape \(0, 3, 16, 16\); wanted one with pixels"),
+        ({"samples": torch.zeros(1, 3, 0, 16)}, "with pixels"),
+        ({"samples": torch.zeros(2, 3, 16, 16), "batch_index": [0]}, "2 pictures with a batch_index of 1"),
+    ],
+)
+def test_latents_that_hold_nothing_are_refused(run, sampler, latent, said):
+    wrong(run, said, "SDGGuidedKSampler", **sampler | {"latent_image": latent})
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 16, 16), (1, 3, 256), (1, 3, 2, 16, 16)])
+def test_unguided_latents_of_other_dimensions_than_the_models_are_refused(run, sampler, shape):
+    latent = {"samples": torch.ones(shape)}
+    wrong(
+        run, r"wants \(batch, 3, height, width\)", "SDGGuidedKSampler",
+        **sampler | {"latent_image": latent, "guidance": None},
+    )  # fmt: skip
+
+
+def test_a_vae_of_another_model_is_refused(run, adm, clean_clip, autoencoder):
+    text = run("SDGTextGuidance", noisy_clip=clean_clip, text="a hat", scale=9.0, **WHOLE)
+    applied = {"model": adm, "guidance": text, "strength": "absolute", "cap": 1.0, "view": "decoded"}
+    wrong(run, "latents of 4 channels.* have 3.* Connect", "SDGApplyGuidance", **applied, vae=autoencoder)
 
 
 @pytest.mark.parametrize("name", ["cfg", "denoise", "cap"])
