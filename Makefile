@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 HOST := $(or $(COMFYUI_PATH),$(HOME)/comfy/ComfyUI)
 
-.PHONY: demo test evaluate closed-form setup
+.PHONY: demo test evaluate closed-form fuzz soak setup
 
 demo: $(VENV)/.demo
 	$(RUN) -m sdg_core demo --out demo.png
@@ -31,3 +31,11 @@ $(VENV)/.test: $(VENV)/.demo pyproject.toml tests/constraints.txt
 # Guided samples of Gaussian data through every sampler of the host, beside unguided ones: a table.
 closed-form: $(VENV)/.test
 	$(RUN) -m pytest tests/host/test_gaussian.py -o python_functions="measure_*" -q -s
+
+# Mutated workflows, odd values and made-up graphs, posted to a real host: a table of what came of them.
+fuzz: $(VENV)/.test
+	$(RUN) -m pytest tests/host/test_fuzz.py -o python_functions="measure_*" -q -s
+
+# 200 runs in one host, some of them cancelled, wrong or out of memory: a table of what the process holds.
+soak: $(VENV)/.test
+	$(RUN) -m pytest tests/host/test_soak.py -o python_functions="measure_*" -q -s
