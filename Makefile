@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 HOST := $(or $(COMFYUI_PATH),$(HOME)/comfy/ComfyUI)
 
-.PHONY: demo test evaluate closed-form precision gpu-check setup
+.PHONY: demo test evaluate closed-form precision gpu-check fuzz soak setup
 
 demo: $(VENV)/.demo
 	$(RUN) -m sdg_core demo --out demo.png
@@ -39,3 +39,11 @@ precision: $(VENV)/.test
 # What only a card can show. Says that it was skipped where there is none.
 gpu-check: $(VENV)/.test
 	$(RUN) benchmarks/gpu_check.py
+
+# Mutated workflows, odd values and made-up graphs, posted to a real host: a table of what came of them.
+fuzz: $(VENV)/.test
+	$(RUN) -m pytest tests/host/test_fuzz.py -o python_functions="measure_*" -q -s
+
+# 200 runs in one host, some of them cancelled, wrong or out of memory: a table of what the process holds.
+soak: $(VENV)/.test
+	$(RUN) -m pytest tests/host/test_soak.py -o python_functions="measure_*" -q -s

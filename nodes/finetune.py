@@ -38,11 +38,14 @@ from ..sdg_core.training import (
     retrieval_lines,
 )
 from . import host
+from .inputs import check_finite, check_image, shown
 from .loaders import NoisyCLIPSocket
 
 log = logging.getLogger(__name__)
 
 HELD_OUT = 256
+LONGEST_NAME = 200
+"""Bytes of a file's name: file systems allow 255, and an ending and a number are added."""
 LIVE_TIMESTEPS = (300, 500, 700)
 LIVE_PICTURES = 48
 LIVE_SHARE = 0.1  # of the time may go into measuring on the way
@@ -146,13 +149,17 @@ class SDGFinetuneNoisyCLIP(io.ComfyNode):
             steps[0], batch_size[0], micro_batch[0], learning_rate[0], layers=train[0], timesteps=timesteps[0],
             seed=seed[0],
         )  # fmt: skip
+        check_finite(learning_rate=learning_rate[0])
         patcher = host.single_encoder(clip[0], "clip")
+        guided, vae = (given[0] if given else None for given in (model, vae))
+        guided, vae = None if guided is None else host.to_model(guided), host.to_vae(vae)
         with torch.inference_mode(False), torch.enable_grad():
             clean = host.load_encoder(patcher)
-            sight = sight_of(clean, size[0], model and model[0], vae and vae[0])
+            sight = sight_of(clean, size[0], guided, vae)
             training, proof = pictures(folder[0], images or [], max(sight.picture_size, clean.noise_size), seed[0])
             mm.free_memory(memory_wanted(clean, settings), patcher.load_device, [])
-            made, chart = finetuned(clean, sight, training, proof, settings, host.NodeText(cls.hidden))
+            with host.explained("a step of this fine-tuning", "Lower micro_batch or size"):
+                made, chart = finetuned(clean, sight, training, proof, settings, host.NodeText(cls.hidden))
             return io.NodeOutput(host.patch_module(made), as_host_image(chart))
 
 
@@ -205,17 +212,22 @@ def pictures(folder: str, images: list[Tensor], size: int, seed: int) -> tuple[I
 
     Raises ValueError where there are none.
     """
-    given = [image for batch in images for image in batch]
+    given = [image for batch in images if batch is not None for image in check_image(opaque(batch))]
     files = find_images(input_folder(folder)) if folder else []
     if not given and not files:
         raise ValueError("Got no pictures to learn from. Connect images, or give a folder of pictures.")
-    sources = [*files, *((image[..., :3].clamp(0, 1) * 255).round().byte().cpu() for image in given)]
+    sources = [*files, *((image.clamp(0, 1) * 255).round().byte().cpu() for image in given)]
     kept, measured_on = held_out(len(sources), HELD_OUT, seed)
     chosen = [[sources[i] for i in part] for part in (kept, measured_on)]
     return (
         ImageSet(chosen[0], size, Augment(), seed),
         ImageSet(chosen[1], size, PLAIN) if len(chosen[1]) > 1 else None,
     )
+
+
+def opaque(image: Tensor) -> Tensor:
+    """Without an alpha channel, of which nothing is learned."""
+    return image[..., :3] if isinstance(image, Tensor) and image.shape[-1:] == (4,) else image
 
 
 def sight_of(clean: CleanCLIP, size: int, model: comfy.model_patcher.ModelPatcher | None, vae) -> StudentSight:
@@ -323,9 +335,10 @@ def progress_line(progress: Progress, curve: list[Retrieval]) -> str:
 
 def keep(encoder: NoisyCLIP, name: str, half: bool, said: dict[str, str]) -> Path:
     """Writes an encoder to models/noisy_clip under a name that is free. Raises ValueError for names that are none."""
-    if not re.fullmatch(r"[\w][\w .()+-]*", name):
+    if not re.fullmatch(r"[\w][\w .()+-]*", name) or len(name.encode()) > LONGEST_NAME:
         raise ValueError(
-            f'Got the name "{name}"; wanted a plain file name of letters, digits, spaces, "_", "-" and ".".'
+            f'Got the name {shown(name)}; wanted a plain file name of letters, digits, spaces, "_", "-" and ".", '
+            f"{LONGEST_NAME} bytes at most. Choose another."
         )
     folder = host.download_folder("noisy_clip")
     folder.mkdir(parents=True, exist_ok=True)

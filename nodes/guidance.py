@@ -21,7 +21,7 @@ from ..sdg_core.method import (
     combine,
 )
 from . import defaults, host
-from .inputs import to_frames, to_layers, to_prompt, to_references
+from .inputs import check_finite, to_frames, to_layers, to_prompt, to_references
 from .loaders import NoisyCLIPSocket
 
 GuidanceSocket = io.Custom("SDG_GUIDANCE")
@@ -85,6 +85,7 @@ def terms_of(
     end: float,
 ) -> io.NodeOutput:
     """One guidance as a node's output: a term for each encoder of the socket, ``make`` called with its patcher."""
+    check_finite(scale=scale)
     parts = host.encoder_parts(noisy_clip)
     terms = tuple(Term(make(patcher), patcher.model, scale, start, end, fade) for patcher, fade in parts)
     return io.NodeOutput(host.HostGuidance(terms, tuple(patcher for patcher, _ in parts)))
@@ -303,8 +304,10 @@ class SDGCombineGuidance(io.ComfyNode):
         guidance_4: host.HostGuidance | None = None,
         weight_4: float = 1.0,
     ) -> io.NodeOutput:
+        check_finite(weight_1=weight_1, weight_2=weight_2, weight_3=weight_3, weight_4=weight_4)
         pairs = [(guidance_1, weight_1), (guidance_2, weight_2), (guidance_3, weight_3), (guidance_4, weight_4)]
-        parts = [(guidance, weight) for guidance, weight in pairs if guidance is not None]
+        named = [(f"guidance_{number}", *pair) for number, pair in enumerate(pairs, 1) if pair[0] is not None]
+        parts = [(host.to_guidance(guidance, name), weight) for name, guidance, weight in named]
         if not parts:
             raise ValueError("Nothing to combine: all guidance inputs are empty. Connect at least one guidance.")
         patchers = {id(patcher): patcher for guidance, _ in parts for patcher in guidance.patchers}
@@ -335,5 +338,5 @@ class SDGGuidanceFrames(io.ComfyNode):
     @classmethod
     def execute(cls, guidance: host.HostGuidance, frames: str) -> io.NodeOutput:
         chosen = to_frames(frames)
-        terms = tuple(replace(term, frames=chosen) for term in guidance.terms)
+        terms = tuple(replace(term, frames=chosen) for term in host.to_guidance(guidance).terms)
         return io.NodeOutput(host.HostGuidance(terms, guidance.patchers))

@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import torch
 from torch import Tensor
 
+SHOWN = 60
+"""Characters of a value that an error message shows."""
+
+
+def shown(value: object) -> str:
+    """A value in an error message: short values as they are, tensors by their shape, others by their class."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if not isinstance(value, str | int | float):
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
+def check_finite(**numbers: float) -> None:
+    """Raises ValueError for NaN, which passes the host's min and max, and for infinity."""
+    for name, number in numbers.items():
+        if not isinstance(number, int | float) or not math.isfinite(number):
+            raise ValueError(
+                f"Got {name} {shown(number)}; wanted a finite number. Set {name} again, for example to its default."
+            )
+
 
 def to_references(image: Tensor) -> Tensor:
     """IMAGE (B, H, W, 3) in 0..1 -> references (B, 3, H, W) in -1..1, float32. Raises ValueError for other shapes."""
-    shape = tuple(getattr(image, "shape", ()))
+    return (check_image(image).to(torch.float32) * 2 - 1).clamp(-1, 1).movedim(-1, 1).contiguous()
+
+
+def check_image(image: Tensor) -> Tensor:
+    """The image, if it is an IMAGE (B, H, W, 3) of finite numbers. Raises ValueError otherwise."""
+    if not isinstance(image, Tensor):
+        raise ValueError(
+            f"Got {shown(image)} for a picture; wanted (batch, height, width, 3). Connect an IMAGE, as Load Image "
+            "gives it."
+        )
+    shape = tuple(image.shape)
     if len(shape) == 4 and shape[3] == 4:
         raise ValueError(
             f"Got a picture with an alpha channel, shape {shape}; wanted red, green and blue only, (batch, height, "
@@ -21,7 +56,12 @@ def to_references(image: Tensor) -> Tensor:
             f"Got a picture of shape {shape}; wanted (batch, height, width, 3). Connect an IMAGE, as "
             "Load Image gives it."
         )
-    return (image.to(torch.float32) * 2 - 1).clamp(-1, 1).movedim(-1, 1).contiguous()
+    if not bool(torch.isfinite(image).all()):
+        raise ValueError(
+            f"Got a picture of shape {shape} with numbers that are not finite (NaN or infinite); wanted 0..1. Check "
+            "the node that makes it, or connect another IMAGE."
+        )
+    return image
 
 
 def to_prompt(text: str) -> str:
@@ -39,7 +79,7 @@ def to_layers(layers: str) -> tuple[int, ...]:
         numbers = []
     if not numbers:
         raise ValueError(
-            f'Got the layers "{layers}"; wanted whole numbers from 1 up, separated by commas. Write '
+            f"Got the layers {shown(layers)}; wanted whole numbers from 1 up, separated by commas. Write "
             "for example 4 or 3,4."
         )
     return tuple(numbers)
@@ -49,11 +89,11 @@ def to_frames(frames: str) -> tuple[int, ...]:
     """ "0, 2-4, -1" -> (0, 2, 3, 4, -1). Raises ValueError for anything but numbers, ranges and commas."""
     chosen: list[int] = []
     for part in (part.strip() for part in frames.split(",")):
-        found = re.fullmatch(r"(-?\d+)(?:\s*-\s*(\d+))?", part)
+        found = re.fullmatch(r"(-?\d{1,5})(?:\s*-\s*(\d{1,5}))?", part)
         if found is None or (found[2] is not None and int(found[2]) < int(found[1])):
             raise ValueError(
-                f'Got the frames "{frames}"; wanted whole numbers and ranges, separated by commas. Write for example '
-                "0, or 0-4, or 0,-1 for the first and the last."
+                f"Got the frames {shown(frames)}; wanted whole numbers and ranges, separated by commas, with five "
+                "digits at most. Write for example 0, or 0-4, or 0,-1 for the first and the last."
             )
         chosen += range(int(found[1]), int(found[2] or found[1]) + 1)
     return tuple(dict.fromkeys(chosen))

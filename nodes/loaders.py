@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import comfy.model_management
 import nodes
 import torch
@@ -13,6 +15,7 @@ from ..sdg_core.method import Fade
 from ..sdg_core.models import load_tiny_autoencoder
 from ..sdg_core.training import retrieval_lines
 from . import host
+from .inputs import check_finite
 
 NoisyCLIPSocket = io.Custom("NOISY_CLIP")
 DOWNLOAD = "download by tag"
@@ -141,6 +144,7 @@ class SDGEncoderCrossfade(io.ComfyNode):
 
     @classmethod
     def execute(cls, noisy: host.NoisyCLIPValue, clean: host.NoisyCLIPValue, crossover: float) -> io.NodeOutput:
+        check_finite(crossover=crossover)
         pair = [host.single_encoder(value, name) for name, value in (("noisy", noisy), ("clean", clean))]
         reading = tuple(patcher.model.reads for patcher in pair)
         if reading != ("noisy", "denoised"):
@@ -237,5 +241,8 @@ class SDGEmptyPixelLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, width: int, height: int, batch_size: int) -> io.NodeOutput:
-        samples = torch.zeros(batch_size, 3, height, width, device=comfy.model_management.intermediate_device())
+        what, shape = f"{batch_size} pictures of {width} x {height}", (batch_size, 3, height, width)
+        host.check_free(what, 4 * math.prod(shape))
+        with host.explained(what):
+            samples = torch.zeros(shape, device=comfy.model_management.intermediate_device())
         return io.NodeOutput({"samples": samples, "downscale_ratio_spacial": 1})

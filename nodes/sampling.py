@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..sdg_core.method import Strength
 from . import defaults, host
 from .guidance import GuidanceSocket
+from .inputs import check_finite
 
 
 def strength_inputs() -> list[io.Input]:
@@ -57,6 +58,7 @@ def view_inputs() -> list[io.Input]:
 
 def to_strength(strength: str, cap: float) -> Strength:
     """The two widgets as one setting. Raises ValueError for relative strength without a size."""
+    check_finite(cap=cap)
     if strength == "relative" and cap == 0:
         raise ValueError(
             "Relative strength shifts by cap times the model's own step, and cap is 0. Set cap above "
@@ -188,21 +190,28 @@ class SDGGuidedKSampler(io.ComfyNode):
         view: str = "auto",
         vae: comfy.sd.VAE | None = None,
     ) -> io.NodeOutput:
-        conds = host.conditioning(model, positive, negative, cfg)
-        if guidance is not None:
-            model = host.attach(model, guidance, to_strength(strength, cap), host.ViewChoice(view, vae))
-        (latent,) = nodes.common_ksampler(
-            model,
-            seed,
-            steps,
-            conds.cfg,
-            sampler_name,
-            scheduler,
-            conds.positive,
-            conds.negative,
-            latent_image,
-            denoise,
-        )
+        check_finite(cfg=cfg, denoise=denoise)
+        model, latent_image = host.to_model(model), host.to_latent(latent_image)
+        choice = host.ViewChoice(view, host.to_vae(vae))
+        pulls = [host.to_conditioning(cond, name) for cond, name in ((positive, "positive"), (negative, "negative"))]
+        conds = host.conditioning(model, *pulls, cfg)
+        if guidance is None:
+            host.check_dimensions(model, latent_image)
+        else:
+            model = host.attach(model, host.to_guidance(guidance), to_strength(strength, cap), choice)
+        with host.explained("this sampling run"):
+            (latent,) = nodes.common_ksampler(
+                model,
+                seed,
+                steps,
+                conds.cfg,
+                sampler_name,
+                scheduler,
+                conds.positive,
+                conds.negative,
+                latent_image,
+                denoise,
+            )
         return io.NodeOutput(latent)
 
 
@@ -239,7 +248,8 @@ class SDGApplyGuidance(io.ComfyNode):
         view: str = "auto",
         vae: comfy.sd.VAE | None = None,
     ) -> io.NodeOutput:
-        return io.NodeOutput(host.attach(model, guidance, to_strength(strength, cap), host.ViewChoice(view, vae)))
+        pull, choice = host.to_guidance(guidance), host.ViewChoice(view, host.to_vae(vae))
+        return io.NodeOutput(host.attach(host.to_model(model), pull, to_strength(strength, cap), choice))
 
 
 class SDGPaperSampler(io.ComfyNode):
@@ -265,4 +275,5 @@ class SDGPaperSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, guidance: host.HostGuidance | None = None) -> io.NodeOutput:
-        return io.NodeOutput(comfy.samplers.KSAMPLER(host.paper_sampler(guidance)))
+        pull = None if guidance is None else host.to_guidance(guidance)
+        return io.NodeOutput(comfy.samplers.KSAMPLER(host.paper_sampler(pull)))

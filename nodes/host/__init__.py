@@ -1,14 +1,23 @@
 """All that is peculiar to ComfyUI, each trick in one file with its why. Nodes use what is named here.
 
-``files`` and ``text`` (its folders, its words on nodes), ``encoders`` (what sockets carry), ``scaling``, ``views``,
-``decoders`` and ``conditioning`` (its models in the terms of ``sdg_core``), ``memory`` (its model management),
-``seam`` (where guidance enters a run), ``adm``, ``vae`` and ``paper`` (models and a sampler that it does not have).
+``files`` and ``text`` (its folders, its words on nodes), ``encoders`` and ``sockets`` (what sockets carry),
+``scaling``, ``views``, ``decoders`` and ``conditioning`` (its models in the terms of ``sdg_core``), ``memory`` (its
+model management), ``seam`` (where guidance enters a run), ``adm``, ``vae`` and ``paper`` (models and a sampler that it
+does not have).
 """
 
 from .adm import load_adm_model
 from .conditioning import blank_conditioning, conditioning
 from .decoders import downscale_of
-from .encoders import EncoderPair, HostGuidance, NoisyCLIPValue, encoder_parts, load_encoder, single_encoder
+from .encoders import (
+    EncoderPair,
+    HostGuidance,
+    NoisyCLIPValue,
+    encoder_parts,
+    load_encoder,
+    single_encoder,
+    to_guidance,
+)
 from .files import (
     BUNDLED_NAME,
     download_folder,
@@ -18,9 +27,10 @@ from .files import (
     model_path,
     register_folders,
 )
-from .memory import activation_bytes, patch_module
+from .memory import activation_bytes, check_free, explained, patch_module
 from .paper import paper_sampler
 from .seam import attach
+from .sockets import check_dimensions, to_conditioning, to_latent, to_model, to_vae
 from .text import NodeText
 from .vae import host_vae
 from .views import VIEWS, ViewChoice, linear_view
@@ -36,10 +46,13 @@ __all__ = [
     "activation_bytes",
     "attach",
     "blank_conditioning",
+    "check_dimensions",
+    "check_free",
     "conditioning",
     "download_folder",
     "downscale_of",
     "encoder_parts",
+    "explained",
     "fingerprint",
     "host_vae",
     "latent_world_file",
@@ -52,4 +65,9 @@ __all__ = [
     "patch_module",
     "register_folders",
     "single_encoder",
+    "to_conditioning",
+    "to_guidance",
+    "to_latent",
+    "to_model",
+    "to_vae",
 ]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...sdg_core.method import LatentFormat, TimestepTable
 from ...sdg_core.models import ADMConfig, ADMUNet, read_adm
-from .memory import Patcher
+from .memory import Patcher, explained
 
 VARIANCE_SINK = "sdg_variance_sink"
 """Name in transformer_options of a function that takes the learned-sigma half of each model output, (B, 3, H, W)."""
@@ -101,7 +101,8 @@ class ADMNet(ADMUNet):
 
     def forward(self, x: Tensor, timesteps: Tensor, transformer_options: dict | None = None, **unused) -> Tensor:
         self.check_shape(x.shape)
-        out = super().forward(x, timesteps)
+        with explained(f"a step of this ADM, a batch of shape {tuple(x.shape)},"):
+            out = super().forward(x, timesteps)
         sink = (transformer_options or {}).get(VARIANCE_SINK)
         if sink is not None and self.config.learn_sigma:
             sink(out[:, self.config.channels :])

@@ -179,7 +179,15 @@ def _measure(decoder: nn.Module, channels: int) -> int:
 
 
 def through_vae(latent, vae) -> tuple[DecodedView, comfy.model_patcher.ModelPatcher]:
-    """Through a VAE object's own model: its decode() is not made for gradients (it writes in place, and tiles)."""
+    """Through a VAE object's own model: its decode() is not made for gradients (it writes in place, and tiles).
+
+    Raises ValueError for a VAE of other latents.
+    """
+    if vae.latent_channels not in (latent.latent_channels, picture_channels(latent)):
+        raise ValueError(
+            f"The connected VAE decodes latents of {vae.latent_channels} channels, and this model's "
+            f"({format_name(latent)}) have {latent.latent_channels}. Connect this model's own VAE, or leave vae empty."
+        )
     module, patcher = vae.first_stage_model, vae.patcher
     from_0_to_1, latent = _from_0_to_1(vae), detached_format(latent)
 

@@ -9,6 +9,7 @@ import comfy.model_patcher
 
 from ...sdg_core.encoders import CleanCLIP
 from ...sdg_core.method import Fade, Term
+from ..inputs import shown
 from .memory import make_resident
 
 
@@ -32,14 +33,27 @@ NoisyCLIPValue = comfy.model_patcher.ModelPatcher | EncoderPair
 
 
 def encoder_parts(value: NoisyCLIPValue) -> tuple[tuple[comfy.model_patcher.ModelPatcher, Fade | None], ...]:
-    """The encoders of a socket, each with where it reads."""
-    return value.parts if isinstance(value, EncoderPair) else ((value, None),)
+    """The encoders of a socket, each with where it reads. Raises ValueError for anything else."""
+    return value.parts if isinstance(value, EncoderPair) else ((single_encoder(value, "noisy_clip"), None),)
 
 
 def single_encoder(value: NoisyCLIPValue, name: str) -> comfy.model_patcher.ModelPatcher:
-    """The one encoder of a socket. Raises ValueError for a pair."""
+    """The one encoder of a socket. Raises ValueError for a pair, and for what is no encoder."""
     if isinstance(value, EncoderPair):
         raise ValueError(f"The input {name} is a crossfade of two encoders already. Connect a single one.")
+    if not isinstance(value, comfy.model_patcher.ModelPatcher) or not isinstance(value.model, CleanCLIP):
+        raise ValueError(
+            f"The input {name} got {shown(value)}; wanted a NOISY_CLIP. Connect Load Noisy CLIP or Load CLIP (SDG)."
+        )
+    return value
+
+
+def to_guidance(value: object, name: str = "guidance") -> HostGuidance:
+    """What a guidance socket carries. Raises ValueError for anything else."""
+    if not isinstance(value, HostGuidance):
+        raise ValueError(
+            f"The input {name} got {shown(value)}; wanted an SDG_GUIDANCE. Connect one, such as Text Guidance (SDG)."
+        )
     return value
 
 

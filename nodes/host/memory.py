@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 import comfy.model_management as mm
@@ -62,3 +64,26 @@ def decoder_bytes(decoder: nn.Module, latent_size: torch.Size, upscale: int) -> 
     widest = max((m.out_channels for m in decoder.modules() if isinstance(m, nn.Conv2d)), default=64)
     layers = sum(isinstance(m, nn.Conv2d) for m in decoder.modules())
     return 4 * widest * layers * height * width * upscale**2 // 4
+
+
+@contextmanager
+def explained(what: str, cure: str = "Choose a smaller width, height or batch") -> Iterator[None]:
+    """Says what did not fit, and what to do, where memory ends on a CPU: torch then raises a bare RuntimeError, which
+    the host does not know as out of memory. A card's OutOfMemoryError stays as it is: the host frees models for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, mm.OOM_EXCEPTION) or "allocate memory" not in str(error):
+            raise
+        raise ValueError(
+            f"Out of memory: {what} did not fit. {cure}, or close other programs. ({str(error)[:200]})"
+        ) from error
+
+
+def check_free(what: str, size: int) -> None:
+    """Raises ValueError where ``size`` bytes are more than the machine has free: asking for them could end the host."""
+    free = mm.get_free_memory(mm.intermediate_device())
+    if size > free:
+        raise ValueError(
+            f"Got {what}, {size / 1e9:.1f} GB; {free / 1e9:.1f} GB are free. Choose a smaller width, height or batch."
+        )

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...sdg_core.encoders import CleanCLIP
 from ...sdg_core.method import DecodedView, GuidanceRun, Strength, Term, added, guidance_shift
 from .encoders import HostGuidance
-from .memory import activation_bytes, decoder_bytes, make_resident
+from .memory import activation_bytes, decoder_bytes, explained, make_resident
 from .scaling import scaling_of
 from .text import report
 from .views import Sights, ViewChoice, data_variance, see
@@ -82,7 +82,8 @@ def _corrector(runs: list[GuidanceRun], patchers: Sequence[comfy.model_patcher.M
             make_resident(patcher.model, x.device)
         model_options, caught = _catch_uncond(guider.model_options, model_options)
         denoised = executor(x, sigma, model_options, seed)
-        shift = guidance_shift(denoised, *scaling_of(guider.model_patcher).core(x, sigma), run)
+        with explained(f"the guidance of a batch of shape {tuple(x.shape)}"):
+            shift = guidance_shift(denoised, *scaling_of(guider.model_patcher).core(x, sigma), run)
         if shift is None:
             return denoised
         for uncond in caught:
@@ -137,6 +138,6 @@ def check_latent(model: comfy.model_patcher.ModelPatcher, x: Tensor) -> None:
     if x.ndim not in (4, 5) or x.shape[1] != channels:
         raise ValueError(
             f"Got a latent of shape {tuple(x.shape)}; guidance reads pictures (batch, {channels}, height, width) and "
-            f"videos (batch, {channels}, frames, height, width). Nested latents of video with audio, and audio alone, "
-            "can't be guided: take Apply Guidance (SDG) out of this model's path."
+            f"videos (batch, {channels}, frames, height, width) here. Start from one of these. Nested latents "
+            "of video with audio, and audio alone, can't be guided: take Apply Guidance (SDG) out of this model's path."
         )
