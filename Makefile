@@ -1,16 +1,21 @@
 # make demo: a guided grid with the bundled models.  make test: every test that can run here.
+# make pythons: the core tests on every supported Python that is here.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 HOST := $(or $(COMFYUI_PATH),$(HOME)/comfy/ComfyUI)
 
-.PHONY: demo test evaluate closed-form precision gpu-check fuzz soak setup
+.PHONY: demo test matrix pythons evaluate closed-form precision gpu-check fuzz soak setup
 
 demo: $(VENV)/.demo
 	$(RUN) -m sdg_core demo --out demo.png
 
 test: $(VENV)/.test
 	$(RUN) tests/run.py
+
+# Each Python in an environment of its own, .venv-3.10 and so on.
+pythons:
+	$(PYTHON) tests/pythons.py
 
 evaluate: $(VENV)/.demo
 	$(RUN) -m sdg_core evaluate

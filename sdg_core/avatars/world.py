@@ -20,6 +20,7 @@ from ..method import (
     DecodedView,
     Guidance,
     GuidanceRun,
+    Kind,
     Strength,
     StructureGuidance,
     StyleGuidance,
@@ -43,14 +44,13 @@ from .judge import Judge, load_judge
 
 Sampler = Literal["euler", "euler_ancestral", "paper"]
 SAMPLERS: tuple[Sampler, ...] = ("euler", "euler_ancestral", "paper")
-Kind = Literal["text", "content", "structure", "style"]
 
 
 NOISY_SCALE = {**DEFAULT_SCALE, "text": 500.0}
 NOISY_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.9)}
 """Scales and intervals that the noisy CLIP was measured at on the latent models: their runs start at less noise."""
 
-CLEAN_SCALE = {"text": 600.0, "content": 600.0, "structure": 600.0, "style": 2000.0}
+CLEAN_SCALE: dict[Kind, float] = {"text": 600.0, "content": 600.0, "structure": 600.0, "style": 2000.0}
 CLEAN_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.95)}
 """Scales and intervals that clean encoders were measured at on the latent models: they pull less, and need longer."""
 
@@ -98,8 +98,8 @@ class World:
     view: View = PIXEL_VIEW
     variance: float = 0.25
     decoded: DecodedView | None = None
-    scales: Mapping[str, float] = field(default_factory=lambda: DEFAULT_SCALE)
-    intervals: Mapping[str, tuple[float, float]] = field(default_factory=lambda: DEFAULT_INTERVAL)
+    scales: Mapping[Kind, float] = field(default_factory=lambda: DEFAULT_SCALE)
+    intervals: Mapping[Kind, tuple[float, float]] = field(default_factory=lambda: DEFAULT_INTERVAL)
 
     def decode(self, x: Tensor) -> Tensor:
         """The picture (B, 3, S, S) of what the model drew."""
@@ -121,7 +121,9 @@ class World:
         if isinstance(pull.target, str):
             with torch.no_grad():
                 return TextGuidance(self.encoder.encode_text([pull.target]))
-        kinds = {"content": ContentGuidance, "structure": StructureGuidance, "style": StyleGuidance}
+        kinds: dict[str, Callable[[Tensor], Guidance]] = {
+            "content": ContentGuidance, "structure": StructureGuidance, "style": StyleGuidance
+        }  # fmt: skip
         return kinds[pull.kind](pull.target[None])
 
 
@@ -189,7 +191,7 @@ def sample(
     sampler: Sampler = "euler_ancestral",
     strength: Strength | None = None,
     seed: int = 0,
-    progress: Callable[[Step], None] = lambda step: None,
+    progress: Callable[[Step], object] = lambda step: None,
 ) -> Tensor:
     """Guided pictures (B, 3, S, S), about -1..1, from unit noise of the shape that the model draws.
 

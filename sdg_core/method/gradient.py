@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +30,12 @@ def gradient_scope(*modules: nn.Module) -> Iterator[None]:
     Inference tensors can't be saved for backward. While the scope is open, parameters and buffers that are inference
     tensors are replaced by normal tensors on the same storage (no copy); the originals come back on exit.
     """
-    saved: list[tuple[dict, str, Tensor]] = []
+    saved: list[tuple[dict[str, Any], str, Tensor]] = []
     with torch.inference_mode(False), torch.enable_grad():
         try:
             for module in (m for root in modules for m in root.modules()):
-                for store in (module._parameters, module._buffers):
+                stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+                for store in stores:
                     for name, tensor in list(store.items()):
                         if tensor is not None and tensor.is_inference():
                             saved.append((store, name, tensor))
