@@ -45,6 +45,10 @@ precision: $(VENV)/.test
 gpu-check: $(VENV)/.test
 	$(RUN) benchmarks/gpu_check.py
 
+# The tests with the kernels of other CPUs, and with one and two threads: a table. TESTS=tests/core for a part of them.
+matrix: $(VENV)/.test
+	$(RUN) tests/matrix.py $(TESTS)
+
 # Mutated workflows, odd values and made-up graphs, posted to a real host: a table of what came of them.
 fuzz: $(VENV)/.test
 	$(RUN) -m pytest tests/host/test_fuzz.py -o python_functions="measure_*" -q -s

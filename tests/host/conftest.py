@@ -20,7 +20,7 @@ from sdg_core.files import save
 from sdg_core.method import LatentFormat
 from sdg_core.models import ADMConfig, ADMUNet, TinyAutoencoder
 
-torch.set_num_threads(1)  # the models are small, and more threads get in each other's way
+torch.set_num_threads(int(os.environ.get("SDG_TEST_THREADS", "1")))  # the models are small: one is quicker
 
 ROOT = Path(__file__).parents[2]
 PLACE = Path.home() / "comfy/ComfyUI"
