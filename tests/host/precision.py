@@ -217,7 +217,7 @@ class Family:
 def vit(pack: SimpleNamespace) -> object:
     """A clean CLIP with random weights."""
     with seeded():
-        clip = pack.encoders.CleanCLIP(pack.encoders.build_clip(VIT), 32, config=VIT)
+        clip = pack.encoders.CleanCLIP(pack.encoders.build_clip(VIT), 32, build=VIT)
         return pack.host.patch_module(clip.requires_grad_(False).eval())
 
 
