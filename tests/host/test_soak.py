@@ -20,6 +20,8 @@ from types import ModuleType
 
 import pytest
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="The odd nodes read /proc and limit memory by it.")
+
 RUNS, GROWTH = 200, 0.01
 FEW_RUNS, FEW_GROWTH = 20, 0.02  # memory has not settled after ten runs
 SEED = 0
