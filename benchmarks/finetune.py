@@ -40,12 +40,12 @@ def clean_clip(arch: str) -> tuple[CleanCLIP, torch.nn.Module]:
         from sdg_core.encoders import build_clip
 
         clean = load_bundled_clip()
-        return clean, build_clip(clean.config)
+        return clean, build_clip(clean.build)
     bare, other = (open_clip.create_model(arch) for _ in range(2))
     config = {**open_clip.get_model_config(arch), "architecture": arch}
     size = bare.visual.image_size
     side = size if isinstance(size, int) else size[0]
-    return CleanCLIP(other, side, config=config).requires_grad_(False).eval(), bare
+    return CleanCLIP(other, side, build=config).requires_grad_(False).eval(), bare
 
 
 def bare_steps(model: torch.nn.Module, batch: int, side: int, device: torch.device) -> dict[str, Callable[[], None]]:

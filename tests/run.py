@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -24,16 +25,30 @@ def hosts() -> list[Path]:
     return [path for path in map(Path, places) if (path / "main.py").is_file()]
 
 
-def pytest(tests: list[str], host: Path | None) -> int:
-    """Runs pytest in its own process: one host per process."""
+def pytest(tests: list[str], host: Path | None) -> tuple[int, str]:
+    """Runs pytest in its own process, since one process holds one host: how it ended, and what it said."""
     environment = {**os.environ, **({"COMFYUI_PATH": str(host)} if host else {})}
-    return subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, env=environment).returncode
+    command = [sys.executable, "-m", "pytest", *tests]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    return done.returncode, done.stdout
 
 
 def main() -> int:
+    """Two suites at a time where there are two cores, the longest first; each says what it has to say at its end."""
     found = hosts()
-    codes = [pytest(["tests/core", "tests/host"] if not found else ["tests/core"], None)]
-    codes += [pytest(["tests/host"], host) for host in found]
+    suites = [(["tests/host"], host) for host in found[:1]]
+    suites += [(["tests/core"] if found else ["tests/core", "tests/host"], None)]
+    suites += [(["tests/host"], host) for host in found[1:]]
+    codes = []
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as lanes:
+        running = {lanes.submit(pytest, *suite): suite for suite in suites}
+        for future in as_completed(running):
+            tests, host = running[future]
+            code, said = future.result()
+            print(f"{' '.join(tests)}{f', {version(host)}' if host else ''}:\n{said}", flush=True)
+            codes.append(code)
     if found:
         print("Host tests ran in " + " and ".join(version(host) for host in found) + ".")
     else:

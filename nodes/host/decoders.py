@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
-from ...sdg_core.method import DecodedView, as_normal, gradient_scope
+from ...sdg_core.method import DecodedView, as_normal, gradient_scope, precise
 from .memory import patch_module
 
 UNREADABLE = (
@@ -195,7 +195,7 @@ def through_vae(latent, vae) -> tuple[DecodedView, comfy.model_patcher.ModelPatc
         three = vae.latent_dim == 3
         z = latent.process_out(x[:, :, None] if three and x.ndim == 4 else x)
         z = z[:, :, 0] if z.ndim == 5 and not three else z
-        out = _call_decode(module, z.to(vae.vae_dtype), patcher).to(x.device, torch.float32)
+        out = precise(_call_decode(module, z.to(vae.vae_dtype), patcher)).to(x.device)
         out = out[:, :, 0] if out.ndim == 5 else out
         return out * 2 - 1 if from_0_to_1 else out
 

@@ -47,7 +47,7 @@ def demo_rows(world: World) -> list[DemoRow]:
 def find_render(world: World, **wanted: object) -> Tensor:
     """The first held-out render (3, S, S) with these attributes. Raises LookupError where there is none."""
     names = list(world.judge.attributes)
-    for picture, labels in zip(world.renders, world.labels, strict=True):
+    for picture, labels in zip(world.renders.unbind(), world.labels, strict=True):
         shown = {n: world.judge.attributes[n][v] for n, v in zip(names, labels.tolist(), strict=True) if v >= 0}
         if all(shown.get(k) == v for k, v in wanted.items()):
             return picture

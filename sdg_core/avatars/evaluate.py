@@ -19,9 +19,9 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 
-from ..method import DEFAULT_SCALE, Convention, Strength, guide
+from ..method import DEFAULT_SCALE, Convention, Kind, Strength, guide
 from .metrics import gram_distance, histogram_overlap, layout_correlation, nearest, spread
-from .world import LATENT_MODELS, ROUTES, STEPS, Kind, Pull, Sampler, World, WorldName, open_world, sample, seeded_noise
+from .world import LATENT_MODELS, ROUTES, STEPS, Pull, Sampler, World, WorldName, open_world, sample, seeded_noise
 
 STYLE_WORDS = {
     "ink": "ink drawing",
@@ -161,7 +161,10 @@ def spread_over(prompts: Sequence[tuple[Pull, ...]], settings: Settings) -> list
     return jobs
 
 
-def text_suite(world: World, wishes: list[dict[str, int]], settings: Settings, rows: Callable) -> Suite:
+TextRows = Callable[[Tensor, Tensor, Tensor, Tensor, list[Job]], list[Row]]
+
+
+def text_suite(world: World, wishes: list[dict[str, int]], settings: Settings, rows: TextRows) -> Suite:
     """Prompts that name the wished attributes; ``rows(hits, twin hits, pictures, twins, jobs)`` reads the outcome."""
     values = world.judge.attributes
     prompts = [(Pull("text", prompt({k: values[k][v] for k, v in wish.items()})),) for wish in wishes]
@@ -188,7 +191,7 @@ def one_attribute(world: World, settings: Settings) -> list[Suite]:
     names = [name for name in ATTRIBUTES if fit[name] >= JUDGE_BAR]
     found: dict[str, tuple[Row, list[tuple[float, float]], float]] = {}
 
-    def collect(name: str) -> Callable[..., list[Row]]:
+    def collect(name: str) -> TextRows:
         def rows(hit: Tensor, twin_hit: Tensor, images: Tensor, twins: Tensor, jobs: list[Job]) -> list[Row]:
             row = Row(f"text/{name}", len(hit), float(hit.mean()), float(twin_hit.mean()), 0.9)
             found[name] = (row, spreads(world, images, twins, jobs), farther(world, images, twins))
@@ -265,8 +268,14 @@ def reference_suite(
     usable = torch.nonzero(world.labels[:, hair] >= 0).flatten()[settings.block * REFERENCES :][: settings.references]
     prompts = [(Pull(kind, world.renders[i]),) for i in usable.tolist()]
     jobs = spread_over(prompts, settings)
-    references = torch.cat([job.pulls[0].target[None].expand(len(job.seeds), -1, -1, -1) for job in jobs])
+    references = torch.cat([_reference(job)[None].expand(len(job.seeds), -1, -1, -1) for job in jobs])
     return Suite(jobs, lambda images, twins: rows(images.clamp(-1, 1), twins.clamp(-1, 1), references))
+
+
+def _reference(job: Job) -> Tensor:
+    reference = job.pulls[0].target
+    assert isinstance(reference, Tensor)
+    return reference
 
 
 def content(world: World, settings: Settings) -> list[Suite]:
@@ -388,7 +397,7 @@ def step_cost(world: World, count: int = 8, times: int = 5) -> dict[str, float]:
     channels, size, _ = world.denoiser.shape
     sigma = torch.full((count,), 0.6 if world.denoiser.convention is Convention.FLOW else 2.0)
     x = seeded_noise(range(count), size, channels) * sigma[0]
-    denoised, result = world.denoiser(x, sigma), {}
+    denoised, result = world.denoiser(x, sigma), dict[str, float]()
     for kind in LATENT_SUITES:
         pull = Pull(kind, "a person with glasses" if kind == "text" else world.renders[0])
         run = world.open_run((replace(world.term(pull), start=0.0, end=1.0),), Strength())
@@ -428,12 +437,13 @@ def first_row(make: Callable[[World, Settings], list[Suite]]) -> Callable[[World
     """A suite that gives only its first row, the one that the kind is about."""
 
     def first(world: World, settings: Settings) -> list[Suite]:
-        return [
-            Suite(suite.jobs, lambda images, twins, suite=suite: suite.rows(images, twins)[:1])
-            for suite in make(world, settings)
-        ]
+        return [Suite(suite.jobs, functools.partial(_first_of, suite)) for suite in make(world, settings)]
 
     return first
+
+
+def _first_of(suite: Suite, images: Tensor, twins: Tensor) -> list[Row]:
+    return suite.rows(images, twins)[:1]
 
 
 LATENT_SUITES: dict[Kind, Callable[[World, Settings], list[Suite]]] = {
@@ -468,11 +478,15 @@ def as_json(rows: Sequence[Row]) -> dict[str, list[dict[str, object]]]:
 
 def _agreement(world: World, name: str, images: Tensor, twins: Tensor, references: Tensor) -> tuple[float, float]:
     wanted = world.judge.verdict(references)[name]
-    return tuple(float((world.judge.verdict(x)[name] == wanted).float().mean()) for x in (images, twins))  # type: ignore[return-value]
+    guided, plain = (float((world.judge.verdict(x)[name] == wanted).float().mean()) for x in (images, twins))
+    return guided, plain
 
 
-def _means(measure: Callable[[Tensor, Tensor], Tensor], images: Tensor, twins: Tensor, references: Tensor):
-    return tuple(float(measure(x, references).mean()) for x in (images, twins))
+def _means(
+    measure: Callable[[Tensor, Tensor], Tensor], images: Tensor, twins: Tensor, references: Tensor
+) -> tuple[float, float]:
+    guided, plain = (float(measure(x, references).mean()) for x in (images, twins))
+    return guided, plain
 
 
 def _mean(values: Sequence[float]) -> float:

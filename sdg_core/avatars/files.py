@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
 from ..encoders import CleanCLIP, load_clip
@@ -43,8 +44,6 @@ def bundled_latent_encoder(folder: Path = BUNDLED) -> tuple[Callable[[Tensor], T
 
 def save_renders(path: Path, images: np.ndarray, labels: np.ndarray, columns: int = 64) -> None:
     """Renders (N, S, S, 3) uint8 as one sheet, their labels (N, A) in its text chunk. N is a multiple of columns."""
-    from PIL.PngImagePlugin import PngInfo
-
     N, S = images.shape[:2]
     sheet = images.reshape(N // columns, columns, S, S, 3).transpose(0, 2, 1, 3, 4).reshape(-1, columns * S, 3)
     info = PngInfo()
@@ -57,8 +56,9 @@ def load_renders(path: Path) -> tuple[Tensor, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}. Wanted: the sheet of renders that comes with the models.")
     with Image.open(path) as file:
+        assert isinstance(file, PngImageFile)
         note = json.loads(file.text["labels"])
         sheet = torch.from_numpy(np.asarray(file.convert("RGB")).copy())
     S = note["size"]
-    tiles = sheet.unflatten(0, (-1, S)).unflatten(2, (-1, S)).permute(0, 2, 4, 1, 3).flatten(0, 1)
+    tiles = torch.unflatten(torch.unflatten(sheet, 0, (-1, S)), 2, (-1, S)).permute(0, 2, 4, 1, 3).flatten(0, 1)
     return tiles.float() / 127.5 - 1, torch.tensor(note["labels"])

@@ -38,7 +38,8 @@ class Judge(nn.Module):
         """(B, 3, H, W) in -1..1 -> (B, 192). Other sizes are averaged or enlarged to 32 x 32."""
         if image.shape[-1] != self.size:
             image = F.interpolate(image, (self.size, self.size), mode="area")
-        return self.body(image).mean(dim=(2, 3))
+        maps: Tensor = self.body(image)
+        return maps.mean(dim=(2, 3))
 
     def forward(self, image: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         features = self.features(image)

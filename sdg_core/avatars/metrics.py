@@ -25,7 +25,7 @@ def histogram_overlap(image: Tensor, reference: Tensor, bins: int = 4) -> Tensor
 def gram_distance(judge: Judge, image: Tensor, reference: Tensor, blocks: int = 3) -> Tensor:
     """Relative squared Gram distance in the judge's first ``blocks`` maps, averaged: (B,). Not centred, as in SDG."""
     a, b, distances = image, reference, []
-    for block in judge.body[:blocks]:
+    for block in list(judge.body)[:blocks]:
         a, b = block(a), block(b)
         wanted = gram(b, centred=False)
         distances.append(squared_distance(gram(a, centred=False), wanted) / squared_size(wanted))

@@ -17,8 +17,10 @@ from ..method import (
     PIXEL_VIEW,
     ContentGuidance,
     Convention,
+    DecodedView,
     Guidance,
     GuidanceRun,
+    Kind,
     Strength,
     StructureGuidance,
     StyleGuidance,
@@ -42,14 +44,13 @@ from .judge import Judge, load_judge
 
 Sampler = Literal["euler", "euler_ancestral", "paper"]
 SAMPLERS: tuple[Sampler, ...] = ("euler", "euler_ancestral", "paper")
-Kind = Literal["text", "content", "structure", "style"]
 
 
 NOISY_SCALE = {**DEFAULT_SCALE, "text": 500.0}
 NOISY_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.9)}
 """Scales and intervals that the noisy CLIP was measured at on the latent models: their runs start at less noise."""
 
-CLEAN_SCALE = {"text": 600.0, "content": 600.0, "structure": 600.0, "style": 2000.0}
+CLEAN_SCALE: dict[Kind, float] = {"text": 600.0, "content": 600.0, "structure": 600.0, "style": 2000.0}
 CLEAN_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.95)}
 """Scales and intervals that clean encoders were measured at on the latent models: they pull less, and need longer."""
 
@@ -85,7 +86,8 @@ class WorldName:
 class World:
     """Model, encoder and what measures them. ``renders`` (N, 3, 32, 32) in -1..1, ``labels`` (N, A), -1 unknown.
 
-    ``decode`` makes pictures of what the model draws. ``scales`` and ``intervals`` are the defaults by kind.
+    ``decoded`` makes pictures of latents, None where the model draws pictures. ``scales`` and ``intervals`` are the
+    defaults by kind.
     """
 
     denoiser: ADMDenoiser
@@ -95,9 +97,13 @@ class World:
     labels: Tensor
     view: View = PIXEL_VIEW
     variance: float = 0.25
-    decode: Callable[[Tensor], Tensor] = lambda x: x
-    scales: Mapping[str, float] = field(default_factory=lambda: DEFAULT_SCALE)
-    intervals: Mapping[str, tuple[float, float]] = field(default_factory=lambda: DEFAULT_INTERVAL)
+    decoded: DecodedView | None = None
+    scales: Mapping[Kind, float] = field(default_factory=lambda: DEFAULT_SCALE)
+    intervals: Mapping[Kind, tuple[float, float]] = field(default_factory=lambda: DEFAULT_INTERVAL)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """The picture (B, 3, S, S) of what the model drew."""
+        return x if self.decoded is None else self.decoded.decode(x).clamp(-1, 1)
 
     def open_run(self, terms: tuple[Term, ...], strength: Strength) -> GuidanceRun:
         """The state of one sampling run of this world's model."""
@@ -115,7 +121,9 @@ class World:
         if isinstance(pull.target, str):
             with torch.no_grad():
                 return TextGuidance(self.encoder.encode_text([pull.target]))
-        kinds = {"content": ContentGuidance, "structure": StructureGuidance, "style": StyleGuidance}
+        kinds: dict[str, Callable[[Tensor], Guidance]] = {
+            "content": ContentGuidance, "structure": StructureGuidance, "style": StyleGuidance
+        }  # fmt: skip
         return kinds[pull.kind](pull.target[None])
 
 
@@ -158,7 +166,7 @@ def load_latent_world(name: WorldName) -> World:
         labels,
         decoded if name.route == "clean decoded" else space.linear_view(),
         1.0,
-        lambda x: decoded.decode(x).clamp(-1, 1),
+        decoded,
         NOISY_SCALE if noisy else CLEAN_SCALE,
         NOISY_INTERVAL if noisy else CLEAN_INTERVAL,
     )
@@ -183,7 +191,7 @@ def sample(
     sampler: Sampler = "euler_ancestral",
     strength: Strength | None = None,
     seed: int = 0,
-    progress: Callable[[Step], None] = lambda step: None,
+    progress: Callable[[Step], object] = lambda step: None,
 ) -> Tensor:
     """Guided pictures (B, 3, S, S), about -1..1, from unit noise of the shape that the model draws.
 

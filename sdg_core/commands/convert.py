@@ -8,7 +8,7 @@ from pathlib import Path
 from ..encoders import load_noisy_clip, open_clip_models, save_noisy_clip, with_text
 
 
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The parser of `sdg convert`."""
     convert = commands.add_parser("convert", help="a published noisy CLIP, or one of ours, as our kind of file")
     convert.add_argument("source", type=Path, metavar="IN", help="a published .pt, or .safetensors of this pack")

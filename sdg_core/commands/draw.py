@@ -15,7 +15,7 @@ from .options import add_models
 from .progress import advance
 
 
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The parsers of both."""
     demo = commands.add_parser("demo", help="draw a labelled grid of every guidance with the bundled models")
     demo.add_argument("--out", type=Path, default=Path("demo.png"))

@@ -34,7 +34,7 @@ from .progress import advance
 HELD_OUT_SEED = 17
 
 
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The parsers of both."""
     check = commands.add_parser("evaluate", help="measure guided quality with the separate judge")
     check.add_argument(
@@ -115,7 +115,7 @@ def run_evaluate_noisy_clip(args: argparse.Namespace) -> None:
     clean = load_clean(arch, pretrained)
     view = named_view(model.config.view, args.comfyui)
     sight = StudentSight(model.noise_size, view)
-    found = bundled_renders() if args.images == NAME else find_images(Path(args.images))
+    found: Sequence[Path | Tensor] = bundled_renders() if args.images == NAME else find_images(Path(args.images))
     chosen = random.Random(HELD_OUT_SEED).sample(found, min(args.samples, len(found)))
     images = ImageSet(chosen, max(sight.picture_size, clean.noise_size), PLAIN)
     device = accelerator().device

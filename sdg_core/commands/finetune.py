@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -50,7 +51,7 @@ class Pictures:
     said: str
 
 
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The parser of `sdg finetune`."""
     usual = Settings()
     tune = commands.add_parser("finetune", help="make a noisy CLIP from any CLIP and a folder of pictures, no captions")
@@ -159,7 +160,12 @@ def interruptions() -> Iterator[Callable[[], bool]]:
 
 
 def finish(
-    model: NoisyCLIP, clean: CleanCLIP, sight: StudentSight, pictures: Pictures, args: argparse.Namespace, said: dict
+    model: NoisyCLIP,
+    clean: CleanCLIP,
+    sight: StudentSight,
+    pictures: Pictures,
+    args: argparse.Namespace,
+    said: dict[str, Any],
 ) -> None:
     """Measures on what was held out; writes the file, and a chart and the numbers beside it."""
     curve = []

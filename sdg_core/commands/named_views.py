@@ -6,6 +6,7 @@ import os
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,7 +46,7 @@ def _comfyui_view(format_name: str, comfyui: Path) -> LinearView:
     return LinearView(format_name, torch.tensor(latent.latent_rgb_factors).T.contiguous(), bias)
 
 
-def _latent_formats(file: Path) -> dict[str, object]:
+def _latent_formats(file: Path) -> dict[str, Any]:
     """The formats of the host's file that have factors for every channel, run with the host importable meanwhile."""
     sys.path.insert(0, str(file.parents[1]))
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..method import Features, precise
 from .towers import open_tower
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP, CustomTextCLIP
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -27,32 +30,40 @@ class CleanCLIP(nn.Module):
     ``clip`` is an open_clip model; its image tower moves into this one. ``text`` is what is left of it, None where the
     file has no text tower (then only image guidances work). ``image_size``: side of the tower's input.
     ``picture_size``: pictures are first brought to this side, 0 for the tower's own. ``tokenizer`` maps prompts to
-    tokens (N, L); None is CLIP's own. ``config`` is open_clip's config of the whole model, with its name as
+    tokens (N, L); None is CLIP's own. ``build`` is open_clip's config of the whole model, with its name as
     "architecture" where it has one: what a noisy CLIP of the same build needs. ``source`` names the weights.
     """
 
-    reads = "denoised"
-    view = "any"
+    reads: Literal["noisy", "denoised"] = "denoised"
 
     def __init__(
         self,
-        clip: nn.Module,
+        clip: CLIP | CustomTextCLIP,
         image_size: int,
         picture_size: int = 0,
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
         has_text: bool = True,
         tokenizer: Callable[[list[str]], Tensor] | None = None,
-        config: Mapping[str, Any] | None = None,
+        build: Mapping[str, Any] | None = None,
         source: str = "",
     ) -> None:
         super().__init__()
         self.image_size, self.noise_size = image_size, picture_size or image_size
         self.mean, self.std, self.has_text, self.tokenizer = tuple(mean), tuple(std), has_text, tokenizer
-        self.config, self.source = config, source
+        self.build, self.source = build, source
         self.tower = open_tower(clip.visual)
         clip.visual = None
         self.text = clip if has_text else None
+
+    if TYPE_CHECKING:  # a module's call is its forward
+
+        def __call__(self, image: Tensor, t: Tensor, depth: int) -> Features: ...
+
+    @property
+    def view(self) -> str:
+        """The view that it reads."""
+        return "any"
 
     @property
     def full_depth(self) -> int:
@@ -61,7 +72,8 @@ class CleanCLIP(nn.Module):
 
     def forward(self, image: Tensor, t: Tensor, depth: int) -> Features:
         """Features of pictures (B, 3, H, W) in -1..1. ``t`` is not read. depth: see ``Tower``."""
-        return self.tower(self.prepare(image), depth)
+        features: Features = self.tower(self.prepare(image), depth)
+        return features
 
     def prepare(self, image: Tensor) -> Tensor:
         """Pictures of any size in -1..1 -> the tower's size, normalised as CLIP's training was."""
@@ -92,11 +104,12 @@ def resize(image: Tensor, size: int) -> Tensor:
     """(B, 3, H, W) -> (B, 3, size, size): averaging areas down, bilinear up, unchanged where it fits."""
     if image.shape[-2:] == (size, size):
         return image
-    smaller = [min(side, size) for side in image.shape[-2:]]
-    if list(image.shape[-2:]) != smaller:
+    height, width = image.shape[-2:]
+    smaller = min(height, size), min(width, size)
+    if (height, width) != smaller:
         image = F.adaptive_avg_pool2d(image, smaller)
     return (
-        image if smaller == [size, size] else F.interpolate(image, (size, size), mode="bilinear", align_corners=False)
+        image if smaller == (size, size) else F.interpolate(image, (size, size), mode="bilinear", align_corners=False)
     )
 
 
@@ -106,7 +119,13 @@ class Unfilled(TorchFunctionMode):
     Everything else is computed as usual, also buffers that no file holds.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if func in _RANDOM_FILLS:
             return args[0] if args else kwargs["tensor"]
@@ -116,7 +135,7 @@ class Unfilled(TorchFunctionMode):
 _RANDOM_FILLS = {nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_, Tensor.normal_, Tensor.uniform_}
 
 
-def build_clip(config: Mapping[str, Any]) -> nn.Module:
+def build_clip(config: Mapping[str, Any]) -> CLIP | CustomTextCLIP:
     """The open_clip model of a config, without weights worth keeping. Nothing is downloaded."""
     from open_clip.model import CLIP, CustomTextCLIP
 
@@ -134,7 +153,8 @@ def build_clip(config: Mapping[str, Any]) -> nn.Module:
 def _standard_tokenizer(context_length: int) -> Callable[[list[str]], Tensor]:
     import open_clip  # takes seconds, so at first use
 
-    return open_clip.SimpleTokenizer(context_length=context_length)
+    tokenizer: Callable[[list[str]], Tensor] = open_clip.SimpleTokenizer(context_length=context_length)
+    return tokenizer
 
 
 def tokenizer_of(architecture: str) -> Callable[[list[str]], Tensor]:

@@ -17,6 +17,9 @@ from ..method import timestep_embedding
 Modulation = Sequence[tuple[Tensor, Tensor]]
 """(scale, shift), each (B or 1, C_i), for every normalisation layer in forward order."""
 
+Norm = nn.LayerNorm | nn.BatchNorm2d
+"""What can be conditioned."""
+
 
 class TimeConditioning(nn.Module):
     """t -> scale and shift for every normalisation layer; identity at start.
@@ -29,19 +32,20 @@ class TimeConditioning(nn.Module):
         super().__init__()
         self.widths, self.sinusoid = tuple(widths), sinusoid
         self.time_embed = nn.Sequential(nn.Linear(sinusoid, hidden), nn.ReLU(), nn.Linear(hidden, hidden))
-        self.emb_layers = nn.Sequential(nn.ReLU(), nn.Linear(hidden, 2 * sum(widths)))
-        nn.init.zeros_(self.emb_layers[1].weight)
-        nn.init.zeros_(self.emb_layers[1].bias)
+        last = nn.Linear(hidden, 2 * sum(widths))
+        self.emb_layers = nn.Sequential(nn.ReLU(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, t: Tensor) -> Modulation:
         """t (B,) in 0..999, fractions allowed -> a scale and a shift (B, C_i) per layer."""
-        sinusoids = timestep_embedding(t, self.sinusoid).to(self.emb_layers[1].weight.dtype)
-        numbers = self.emb_layers(self.time_embed(sinusoids))
-        parts = numbers.split([w for width in self.widths for w in (width, width)], dim=1)
+        sinusoids = timestep_embedding(t, self.sinusoid).to(next(self.emb_layers.parameters()).dtype)
+        numbers: Tensor = self.emb_layers(self.time_embed(sinusoids))
+        parts = torch.split(numbers, [w for width in self.widths for w in (width, width)], dim=1)
         return list(zip(parts[0::2], parts[1::2], strict=True))
 
 
-def fold(norms: Sequence[tuple[str, nn.Module]], modulation: Modulation) -> dict[str, Tensor]:
+def fold(norms: Sequence[tuple[str, Norm]], modulation: Modulation) -> dict[str, Tensor]:
     """Weights and biases with a shared modulation (batch 1) folded in, by parameter name, for ``functional_call``."""
     folded = {}
     for (name, layer), (scale, shift) in zip(norms, modulation, strict=True):
@@ -52,7 +56,7 @@ def fold(norms: Sequence[tuple[str, nn.Module]], modulation: Modulation) -> dict
 
 
 @contextmanager
-def modulated(norms: Sequence[tuple[str, nn.Module]], modulation: Modulation) -> Iterator[None]:
+def modulated(norms: Sequence[tuple[str, Norm]], modulation: Modulation) -> Iterator[None]:
     """While open, every norm's output gets its per-sample scale and shift (B, C)."""
     hooks = [
         layer.register_forward_hook(_modulate(scale, shift))
@@ -66,7 +70,7 @@ def modulated(norms: Sequence[tuple[str, nn.Module]], modulation: Modulation) ->
 
 
 def _modulate(scale: Tensor, shift: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    from timm.layers import LayerNorm2d  # takes seconds, so at first use; its channels come second, as in a picture
+    from timm.layers.norm import LayerNorm2d  # takes seconds, so at first use; channels come second, as in a picture
 
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
         channels_last = isinstance(layer, nn.LayerNorm) and not isinstance(layer, LayerNorm2d)

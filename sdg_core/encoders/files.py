@@ -80,7 +80,7 @@ def load_clip(path: Path, source: str = "") -> CleanCLIP:
     state["token_embedding.weight"] = _full_table(rows, ids, build["text_cfg"]["vocab_size"])
     clip = build_clip(build)
     fill(clip, state, path)
-    model = CleanCLIP(clip, build["vision_cfg"]["image_size"], config["noise_size"], config=build)
+    model = CleanCLIP(clip, build["vision_cfg"]["image_size"], config["noise_size"], build=build)
     model.source = source or path.stem
     return model.requires_grad_(False).eval()
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..method import Features, TimestepTable
 from .clip import CLIP_MEAN, CLIP_STD, CleanCLIP, Unfilled, tokenizer_of
-from .conditioning import TimeConditioning, fold, modulated
+from .conditioning import Norm, TimeConditioning, fold, modulated
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP, CustomTextCLIP
 
 DEFAULT_CROSSOVER = 100.0
 """Timestep at which a clean encoder takes over from a noisy one whose file has no measurements."""
@@ -74,7 +77,7 @@ class NoisyCLIPConfig:
     @property
     def image_size(self) -> int:
         """Side of the tower's input."""
-        size = self.clip["vision_cfg"]["image_size"]
+        size: int | tuple[int, int] = self.clip["vision_cfg"]["image_size"]
         return size if isinstance(size, int) else size[0]
 
 
@@ -87,10 +90,12 @@ class NoisyCLIP(CleanCLIP):
 
     reads = "noisy"
 
-    def __init__(self, config: NoisyCLIPConfig, clip: nn.Module, has_text: bool = True) -> None:
+    def __init__(self, config: NoisyCLIPConfig, clip: CLIP | CustomTextCLIP, has_text: bool = True) -> None:
         name = config.clip.get("architecture")
         tokenizer = tokenizer_of(name) if name else None
-        super().__init__(clip, config.image_size, config.noise_size, config.mean, config.std, has_text, tokenizer)
+        super().__init__(
+            clip, config.image_size, config.noise_size, config.mean, config.std, has_text, tokenizer, config.clip
+        )
         self.config = config
         self.conditioning = TimeConditioning(
             [_channels(layer) for _, layer in self.tower.norms()], config.hidden, config.sinusoid
@@ -112,9 +117,11 @@ class NoisyCLIP(CleanCLIP):
         modulation = self.conditioning(t)
         norms = self.tower.norms()
         if len(t) == 1:
-            return functional_call(self.tower, fold(norms, modulation), (image, depth))
+            features: Features = functional_call(self.tower, fold(norms, modulation), (image, depth))
+            return features
         with modulated(norms, modulation):
-            return self.tower(image, depth)
+            features = self.tower(image, depth)
+        return features
 
 
 def from_clean(clean: CleanCLIP, **settings: Any) -> NoisyCLIP:
@@ -122,11 +129,11 @@ def from_clean(clean: CleanCLIP, **settings: Any) -> NoisyCLIP:
 
     ``settings`` are fields of NoisyCLIPConfig. Raises ValueError for encoders that read noise already.
     """
-    if clean.reads != "denoised" or clean.config is None or clean.text is None:
+    if clean.reads != "denoised" or clean.build is None or clean.text is None:
         raise ValueError("Fine-tuning starts from a clean CLIP with its text tower. Load one with Load CLIP.")
     clip = copy.deepcopy(clean.text)
     clip.visual = copy.deepcopy(clean.tower.visual)
-    config = NoisyCLIPConfig(clip=clean.config, mean=clean.mean, std=clean.std, **settings)
+    config = NoisyCLIPConfig(clip=clean.build, mean=clean.mean, std=clean.std, **settings)
     return NoisyCLIP(config, clip).to(next(clean.tower.parameters())).eval()
 
 
@@ -138,6 +145,7 @@ def with_text(encoder: NoisyCLIP, clip: CleanCLIP) -> NoisyCLIP:
     tower, of another embedding width, or of another build.
     """
     build = _check_text(encoder, clip)
+    assert clip.text is not None
     text = copy.deepcopy(clip.text).to(next(encoder.parameters()).device)
     text.visual = encoder.tower.visual
     with Unfilled():
@@ -148,7 +156,7 @@ def with_text(encoder: NoisyCLIP, clip: CleanCLIP) -> NoisyCLIP:
 
 def _check_text(encoder: NoisyCLIP, clip: CleanCLIP) -> Mapping[str, Any]:
     """open_clip's config of ``clip``. Raises ValueError where its text tower does not belong to ``encoder``."""
-    build = clip.config.clip if isinstance(clip, NoisyCLIP) else clip.config
+    build = clip.build
     if build is None or clip.text is None:
         raise ValueError("Got a CLIP without a text tower to lend. Load one with its text tower, with Load CLIP.")
     own = encoder.config.clip
@@ -167,7 +175,7 @@ def _check_text(encoder: NoisyCLIP, clip: CleanCLIP) -> Mapping[str, Any]:
     return build
 
 
-_BUILD = {
+_BUILD: dict[str, Callable[[Mapping[str, Any]], object]] = {
     "image tower": lambda config: {**config["vision_cfg"], "image_size": None},
     "text tower": lambda config: config["text_cfg"],
     "activation (quick_gelu)": lambda config: config.get("quick_gelu", False),
@@ -175,7 +183,7 @@ _BUILD = {
 """What two CLIPs of one build have in common."""
 
 
-def _channels(layer: nn.Module) -> int:
+def _channels(layer: Norm) -> int:
     return layer.num_features if isinstance(layer, nn.BatchNorm2d) else layer.normalized_shape[0]
 
 

@@ -7,11 +7,12 @@ import functools
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from .clip import CLIP_MEAN, CLIP_STD, CleanCLIP, tokenizer_of
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP, CustomTextCLIP
 
 
 @functools.cache
@@ -88,7 +89,7 @@ def check_architecture(name: str) -> None:
         raise ValueError(f'open_clip knows no architecture "{name}". Nearest: {", ".join(near) or "none"}.')
 
 
-def _opened(architecture: str, clip: nn.Module, weights: str, quick_gelu: bool = False) -> CleanCLIP:
+def _opened(architecture: str, clip: CLIP | CustomTextCLIP, weights: str, quick_gelu: bool = False) -> CleanCLIP:
     """The opened-up model, with the preprocessing and the tokenizer of its architecture."""
     import open_clip
 
@@ -100,7 +101,7 @@ def _opened(architecture: str, clip: nn.Module, weights: str, quick_gelu: bool =
     config = {**open_clip.get_model_config(architecture), "architecture": architecture}
     config["quick_gelu"] = config.get("quick_gelu", False) or quick_gelu
     model = CleanCLIP(
-        clip, side, mean=mean, std=std, tokenizer=tokenizer_of(architecture), config=config,
+        clip, side, mean=mean, std=std, tokenizer=tokenizer_of(architecture), build=config,
         source=f"{architecture}/{weights}",
     )  # fmt: skip
     return model.requires_grad_(False).eval()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from ..method import Features
+from .conditioning import Norm
 
 if TYPE_CHECKING:
     from open_clip.modified_resnet import ModifiedResNet
@@ -28,32 +30,38 @@ class Tower(nn.Module):
     def full_depth(self) -> int:
         return self.stages + 1
 
-    def norms(self) -> list[tuple[str, nn.Module]]:
+    def norms(self) -> list[tuple[str, Norm]]:
         raise NotImplementedError
 
     def forward(self, image: Tensor, depth: int) -> Features:
         raise NotImplementedError
+
+    def _norm(self, name: str) -> tuple[str, Norm]:
+        layer = self.get_submodule(name)
+        assert isinstance(layer, Norm)
+        return name, layer
 
 
 class ResNetTower(Tower):
     """open_clip's ModifiedResNet: maps after the stem and after layer1..layer4. Norms of shortcuts are left alone."""
 
     stages = 5
+    visual: ModifiedResNet
 
     def __init__(self, visual: ModifiedResNet) -> None:
         super().__init__()
         self.visual = visual
 
-    def norms(self) -> list[tuple[str, nn.Module]]:
+    def norms(self) -> list[tuple[str, Norm]]:
         names = [f"visual.bn{i}" for i in (1, 2, 3)]
         for layer in (1, 2, 3, 4):
             for block in range(len(getattr(self.visual, f"layer{layer}"))):
                 names += [f"visual.layer{layer}.{block}.bn{i}" for i in (1, 2, 3)]
-        return [(name, self.get_submodule(name)) for name in names]
+        return [self._norm(name) for name in names]
 
     def forward(self, image: Tensor, depth: int) -> Features:
         v = self.visual
-        maps, x = [], image
+        maps, x = list[Tensor](), image
         for stage in (v.stem, v.layer1, v.layer2, v.layer3, v.layer4)[:depth]:
             x = stage(x)
             maps.append(x)
@@ -64,16 +72,17 @@ class ViTTower(Tower):
     """open_clip's VisionTransformer: maps of the patch tokens after the embedding and each quarter of the blocks."""
 
     stages = 5
+    visual: VisionTransformer
 
     def __init__(self, visual: VisionTransformer) -> None:
         super().__init__()
         self.visual = visual
 
-    def norms(self) -> list[tuple[str, nn.Module]]:
+    def norms(self) -> list[tuple[str, Norm]]:
         names = ["visual.ln_pre"] if isinstance(self.visual.ln_pre, nn.LayerNorm) else []
         for block in range(len(self.visual.transformer.resblocks)):
             names += [f"visual.transformer.resblocks.{block}.ln_{i}" for i in (1, 2)]
-        return [(name, self.get_submodule(name)) for name in [*names, "visual.ln_post"]]
+        return [self._norm(name) for name in [*names, "visual.ln_post"]]
 
     def forward(self, image: Tensor, depth: int) -> Features:
         v = self.visual
@@ -94,7 +103,7 @@ class ViTTower(Tower):
     def _as_map(self, tokens: Tensor) -> Tensor:
         """Patch tokens (B, 1 + H W, C) -> map (B, C, H, W)."""
         H, W = self.visual.grid_size
-        return tokens[:, 1:].transpose(1, 2).unflatten(2, (H, W))
+        return torch.unflatten(tokens[:, 1:].transpose(1, 2), 2, (H, W))
 
 
 class TimmTower(Tower):
@@ -103,6 +112,8 @@ class TimmTower(Tower):
     Up to five maps, evenly spread over those that the trunk offers, the last one always among them.
     """
 
+    visual: TimmModel
+
     def __init__(self, visual: TimmModel) -> None:
         super().__init__()
         self.visual = visual
@@ -110,9 +121,9 @@ class TimmTower(Tower):
         self.stages = min(5, offered)
         self.indices = [(stage + 1) * offered // self.stages - 1 for stage in range(self.stages)]
 
-    def norms(self) -> list[tuple[str, nn.Module]]:
+    def norms(self) -> list[tuple[str, Norm]]:
         """Every LayerNorm over the channels of the trunk, without those of attention's queries and keys."""
-        found = [
+        found: list[tuple[str, Norm]] = [
             (f"visual.trunk.{name}", layer)
             for name, layer in self.visual.trunk.named_modules()
             if isinstance(layer, nn.LayerNorm) and layer.bias is not None and not name.endswith(("q_norm", "k_norm"))

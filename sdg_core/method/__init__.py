@@ -6,7 +6,7 @@ Read in this order: ``schedule`` (x_t = alpha x_0 + sigma eps), ``views`` (what 
 contract only, and no host.
 """
 
-from .features import Encoder, Features, gram, squared_distance, squared_size, unit
+from .features import Encoder, Features, NoisyEncoder, embedding, gram, squared_distance, squared_size, unit
 from .gradient import Sight, Target, as_normal, gradient_scope, score_gradient
 from .guidance import (
     DEFAULT_INTERVAL,
@@ -14,6 +14,7 @@ from .guidance import (
     ContentGuidance,
     Fade,
     Guidance,
+    Kind,
     StructureGuidance,
     StyleGuidance,
     Term,
@@ -44,8 +45,10 @@ __all__ = [
     "Features",
     "Guidance",
     "GuidanceRun",
+    "Kind",
     "LatentFormat",
     "LinearView",
+    "NoisyEncoder",
     "PixelView",
     "Sight",
     "StepTrace",
@@ -62,6 +65,7 @@ __all__ = [
     "betas",
     "check_layers",
     "combine",
+    "embedding",
     "encoder_noise",
     "expand",
     "fit",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -36,20 +36,41 @@ class Features:
 class Encoder(Protocol):
     """What guidance needs of an encoder: all that the method knows of one.
 
-    ``reads``: x_t ("noisy", and then it has a ``table`` of timesteps) or the model's estimate of x_0 ("denoised").
+    ``reads``: x_t ("noisy", and then it is a ``NoisyEncoder``) or the model's estimate of x_0 ("denoised").
     Called with pictures (B, 3, H, W) in -1..1 (noisy ones in VP scaling), t (1,) or (B,), and how many feature maps to
     compute; ``full_depth`` adds the embedding. It takes pictures of any precision and computes in that of its weights.
     ``noise_gain``: the factor on the deviation of white noise by which it shrinks pictures of this size before it
     reads them.
     """
 
-    reads: Literal["noisy", "denoised"]
-    table: TimestepTable
-    full_depth: int
+    @property
+    def reads(self) -> Literal["noisy", "denoised"]: ...
+
+    @property
+    def full_depth(self) -> int: ...
 
     def __call__(self, image: Tensor, t: Tensor, depth: int) -> Features: ...
 
     def noise_gain(self, height: int, width: int) -> float: ...
+
+
+class NoisyEncoder(Encoder, Protocol):
+    """An encoder of x_t: ``table`` is the schedule that its t counts in."""
+
+    @property
+    def table(self) -> TimestepTable: ...
+
+
+def reads_noise(encoder: Encoder) -> TypeGuard[NoisyEncoder]:
+    """Whether an encoder reads x_t."""
+    return encoder.reads == "noisy"
+
+
+def embedding(encoder: Encoder, image: Tensor, t: Tensor) -> Tensor:
+    """The pooled embedding (B, D), on the unit sphere, of pictures (B, 3, H, W) at t (1,) or (B,)."""
+    embed = encoder(image, t, encoder.full_depth).embed
+    assert embed is not None
+    return unit(embed)
 
 
 def unit(embed: Tensor) -> Tensor:

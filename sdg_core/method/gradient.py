@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from .features import Encoder, Features
 from .guidance import Guidance, Term
 from .precision import precise
+from .schedule import expand
 from .views import View
 
 log = logging.getLogger(__name__)
@@ -28,11 +30,12 @@ def gradient_scope(*modules: nn.Module) -> Iterator[None]:
     Inference tensors can't be saved for backward. While the scope is open, parameters and buffers that are inference
     tensors are replaced by normal tensors on the same storage (no copy); the originals come back on exit.
     """
-    saved: list[tuple[dict, str, Tensor]] = []
+    saved: list[tuple[dict[str, Any], str, Tensor]] = []
     with torch.inference_mode(False), torch.enable_grad():
         try:
             for module in (m for root in modules for m in root.modules()):
-                for store in (module._parameters, module._buffers):
+                stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+                for store in stores:
                     for name, tensor in list(store.items()):
                         if tensor is not None and tensor.is_inference():
                             saved.append((store, name, tensor))
@@ -85,13 +88,30 @@ def score_gradient(
     depth = max(term.guidance.depth(encoder) for term in terms)
     with gradient_scope(*([encoder] if isinstance(encoder, nn.Module) else []), *sight.view.modules):
         x = precise(x.detach()).clone().requires_grad_(True)
-        picture = sight.view.picture(x, as_normal(sight.signal).clone())
+        picture = precise(sight.view.picture(x, as_normal(sight.signal).clone()))
         features = encoder(picture, as_normal(sight.t).clone(), depth)
         scores = torch.stack(
             [target.score(term.guidance, features) for term, target in zip(terms, targets, strict=True)]
         )
-        (grad,) = torch.autograd.grad((as_normal(weights).to(scores, copy=True) * scores).sum(), x)
+        total = (as_normal(weights).to(scores, copy=True) * scores).sum()
+        if not sight.view.modules:
+            (grad,) = torch.autograd.grad(total, x)
+        else:
+            (seen,) = torch.autograd.grad(total, picture)
+            grad = _through_decoder(seen, picture, x)
     return grad, scores.detach()
+
+
+def _through_decoder(seen: Tensor, picture: Tensor, x: Tensor) -> Tensor:
+    """The gradient ``seen`` (B, 3, h, w) of a decoded picture, taken back to x: per sample at size 1 on the way.
+
+    A decoder may compute in fp16, which ends at 6e-8, where gradients of pixels often are. The size taken out and put
+    back is a power of two, so other decoders give the same bits.
+    """
+    exponent = torch.frexp(seen.abs().flatten(1).amax(dim=1)).exponent
+    size = expand(torch.ldexp(torch.ones_like(exponent, dtype=seen.dtype), exponent), seen)
+    (grad,) = torch.autograd.grad(picture, x, seen / size)
+    return grad * expand(size, grad)
 
 
 @dataclass(frozen=True)
@@ -142,14 +162,20 @@ class Chunks:
                     few = [target.take(rows) for target in targets]
                     parts.append(score_gradient(encoder, terms, weights[:, rows], few, x[rows], sight.take(rows)))
                 return torch.cat([grad for grad, _ in parts]), torch.cat([scores for _, scores in parts], dim=1)
-            except torch.OutOfMemoryError:
-                if size == 1:
+            except RuntimeError as error:
+                if size == 1 or not _out_of_memory(error):
                     raise
                 told, self.size = self.size is not None, size // 2
             if not told:
                 log.warning("Out of memory in the guidance gradient of %d pictures; it is taken in parts now.", size)
             if x.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """torch's own kind; and what says so in words: CUDA and cuDNN where they allocate themselves, MPS, and the CPU."""
+    words = ("out of memory", "alloc_failed", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error).lower() for word in words)
 
 
 def _normal(features: Features) -> Features:

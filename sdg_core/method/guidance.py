@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,14 @@ from torch import Tensor
 from .features import Encoder, Features, gram, squared_distance, squared_size, unit
 from .precision import precise
 
-DEFAULT_SCALE = {"text": 200.0, "content": 300.0, "structure": 300.0, "style": 1000.0}
+Kind = Literal["text", "content", "structure", "style"]
+
+DEFAULT_SCALE: dict[Kind, float] = {"text": 200.0, "content": 300.0, "structure": 300.0, "style": 1000.0}
 """Scales that the bundled models were measured at, by kind of guidance."""
 
-DEFAULT_INTERVAL = {"text": (0.2, 0.6), "content": (0.0, 1.0), "structure": (0.0, 1.0), "style": (0.0, 1.0)}
+DEFAULT_INTERVAL: dict[Kind, tuple[float, float]] = {
+    "text": (0.2, 0.6), "content": (0.0, 1.0), "structure": (0.0, 1.0), "style": (0.0, 1.0),
+}  # fmt: skip
 """Where a guidance acts by default, as fractions of the run.
 
 Text decides little in the noisiest steps and harms the finest ones (Kynkaanniemi et al. 2024, arXiv 2404.07724).

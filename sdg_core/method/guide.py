@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .features import Encoder
+from .features import Encoder, reads_noise
 from .gradient import Sight
 from .precision import added
 from .references import Batch
@@ -65,7 +65,7 @@ def _encoder_gradient(
     view, x, sigma = run.view_of(encoder), batch.x_t, batch.sigma
     terms = [run.terms[k] for k in members]
     alpha = run.convention.alpha(sigma)
-    if encoder.reads == "denoised":
+    if not reads_noise(encoder):
         sight = Sight(view, torch.ones_like(sigma), torch.zeros_like(sigma[:1]))
         targets = [run.references.target(k, run.terms[k].guidance, encoder, view, batch, None) for k in members]
         grad, scores = run.chunks.gradient(encoder, terms, weights, targets, batch.denoised, sight)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .features import Encoder, Features
+from .features import Encoder, Features, reads_noise
 from .gradient import Target
 from .guidance import Guidance, fit
 from .precision import precise
@@ -63,7 +63,7 @@ class Batch:
 
     def unfold(self, shift: Tensor) -> Tensor:
         """(B T, C, H, W) back to the shape that came in."""
-        return shift if self.frame is None else shift.unflatten(0, (-1, self.frames)).transpose(1, 2)
+        return shift if self.frame is None else torch.unflatten(shift, 0, (-1, self.frames)).transpose(1, 2)
 
 
 @dataclass
@@ -100,6 +100,7 @@ def look(encoder: Encoder, view: View, x_t: Tensor, ratio: Tensor | None, image:
     with torch.no_grad():
         if ratio is None:
             return encoder(x_0, torch.zeros(1, device=x_t.device), depth)
+        assert reads_noise(encoder)
         generator = torch.Generator().manual_seed(REFERENCE_SEED)
         noise = view.noise(torch.randn(1, *x_t.shape[1:], generator=generator).to(x_t))
         u = (x_0 + noise * ratio / encoder.noise_gain(*x_0.shape[-2:])) / (1 + ratio.square()).sqrt()

@@ -75,7 +75,7 @@ class GuidanceRun:
         references are looked at at one level at a time. Samples without any weight are left out.
         """
         passes = []
-        for level in batch.sigma.unique():
+        for level in torch.unique(batch.sigma):
             for encoder, members in _by_encoder(self.terms, weights):
                 rows = torch.nonzero((batch.sigma == level) & (weights[members] != 0).any(dim=0)).flatten()
                 if len(rows):

@@ -49,7 +49,8 @@ class LatentFormat:
 
         def decode(x: Tensor) -> Tensor:
             latents = (x / self.scale + self.shift).to(next(decoder.parameters()).dtype)
-            return decoder(latents) * 2 - 1
+            picture: Tensor = decoder(latents)
+            return picture * 2 - 1
 
         return DecodedView(decode, self.downscale, (decoder,))
 
@@ -64,8 +65,11 @@ class View(Protocol):
     those that a gradient passes through.
     """
 
-    name: str
-    modules: tuple[nn.Module, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]: ...
 
     def picture(self, x: Tensor, signal: Tensor) -> Tensor: ...
 

@@ -48,12 +48,13 @@ class ADMConfig:
     @property
     def multiple(self) -> int:
         """Height and width must be multiples of this."""
-        return self.patch * 2 ** (len(self.channel_mult) - 1)
+        multiple: int = self.patch * 2 ** (len(self.channel_mult) - 1)
+        return multiple
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> ADMConfig:
         """The config written by ``asdict`` through JSON: lists become tuples again."""
-        kept = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         if kept.get("latent_format") is not None:
             kept["latent_format"] = LatentFormat.from_json(kept["latent_format"])
         return cls(**kept)
@@ -115,7 +116,9 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(x, scale_factor=2, mode="nearest")
-        return x if self.conv is None else self.conv(x)
+        if self.conv is not None:
+            x = self.conv(x)
+        return x
 
 
 class Downsample(nn.Module):
@@ -126,7 +129,8 @@ class Downsample(nn.Module):
         self.op = ops.Conv2d(channels, channels, 3, stride=2, padding=1, **kw) if use_conv else nn.AvgPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+        x = self.op(x)
+        return x
 
 
 class ResBlock(nn.Module):
@@ -160,7 +164,8 @@ class ResBlock(nn.Module):
             h = norm(h) * (1 + scale) + shift
         else:
             h = norm(h + embed)
-        return self.skip_connection(self.x_upd(x)) + conv(dropout(act(h)))
+        x = self.skip_connection(self.x_upd(x)) + conv(dropout(act(h)))
+        return x
 
 
 class AttentionBlock(nn.Module):
@@ -183,7 +188,7 @@ class AttentionBlock(nn.Module):
             q, k, v = qkv.reshape(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2).unbind(1)
         else:
             q, k, v = qkv.reshape(B, self.heads, 3, C // self.heads, H * W).transpose(-1, -2).unbind(2)
-        h = F.scaled_dot_product_attention(q, k, v)
+        h: Tensor = F.scaled_dot_product_attention(q, k, v)
         h = self.proj_out(h.transpose(-1, -2).reshape(B, C, H * W))
         return x + h.reshape(B, C, H, W)
 
@@ -191,7 +196,7 @@ class AttentionBlock(nn.Module):
 class Block(nn.Sequential):
     """A sequence that hands the embedding of t to its residual blocks."""
 
-    def forward(self, x: Tensor, embed: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, embed: Tensor) -> Tensor:  # type: ignore[override]  # a Sequential for its names only
         for layer in self:
             x = layer(x, embed) if isinstance(layer, ResBlock) else layer(x)
         return x
@@ -226,8 +231,7 @@ class ADMUNet(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         patch = self.config.patch
-        dtype = self.out[2].weight.dtype
-        embed = self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(dtype))
+        embed = self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(x))
         h = F.pixel_unshuffle(x, patch) if patch > 1 else x
         skips = []
         for block in self.input_blocks:

@@ -32,8 +32,8 @@ def load_adm(path: Path) -> ADMUNet:
 def load_tiny_autoencoder(path: Path) -> TinyAutoencoder:
     """An autoencoder of our own kind of file, frozen, in eval mode, float32."""
     config, state = load(path, "autoencoder")
-    blocks = (tuple(config[f"{half}_blocks"]) for half in ("encoder", "decoder"))
-    model = TinyAutoencoder(config["width"], *blocks, config["channels"])
+    encoder, decoder = (tuple(config[f"{half}_blocks"]) for half in ("encoder", "decoder"))
+    model = TinyAutoencoder(config["width"], encoder, decoder, config["channels"])
     fill(model, state, path)
     return model.requires_grad_(False).eval()
 
@@ -57,6 +57,7 @@ def latent_encoder(
     halvings = sum(isinstance(layer, nn.Conv2d) and layer.stride == (2, 2) for layer in encoder.children())
 
     def encode(picture: Tensor) -> Tensor:
-        return (encoder.to(picture)((picture + 1) / 2) - shift) * scale
+        latents: Tensor = encoder.to(picture)((picture + 1) / 2)
+        return (latents - shift) * scale
 
     return encode, 2**halvings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -37,7 +37,7 @@ def draw_chart(curve: Sequence[Retrieval], title: str, losses: Sequence[float] =
         plot.plot(range(1, len(losses) + 1), losses, color="tab:orange", linewidth=1)
         plot.set(xlabel="step", ylabel="loss")
         plot.grid(alpha=0.3)
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)  # its methods come without types
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 

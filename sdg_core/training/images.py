@@ -10,10 +10,10 @@ import functools
 import io
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,21 +42,21 @@ PLAIN = Augment(1.0, False)
 
 
 class Sample(NamedTuple):
-    """picture (3, S, S) uint8; ``index`` in the set; ``mirrored``; ``draw``, its number in the run; names of unreadable
+    """picture (3, S, S) uint8; ``which`` of the set; ``mirrored``; ``draw``, its number in the run; names of unreadable
     files that it stands in for."""
 
     picture: Tensor
-    index: int
+    which: int
     mirrored: bool
     draw: int
     skipped: tuple[str, ...]
 
 
 class Batch(NamedTuple):
-    """Samples stacked: picture (B, 3, S, S) uint8, index, mirrored and draw (B,), all unreadable names."""
+    """Samples stacked: picture (B, 3, S, S) uint8, which, mirrored and draw (B,), all unreadable names."""
 
     picture: Tensor
-    index: Tensor
+    which: Tensor
     mirrored: Tensor
     draw: Tensor
     skipped: tuple[str, ...]
@@ -64,8 +64,13 @@ class Batch(NamedTuple):
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Samples -> batch."""
-    pictures, *numbers, skipped = zip(*samples, strict=True)
-    return Batch(torch.stack(pictures), *map(torch.tensor, numbers), tuple(name for names in skipped for name in names))
+    return Batch(
+        torch.stack([sample.picture for sample in samples]),
+        torch.tensor([sample.which for sample in samples]),
+        torch.tensor([sample.mirrored for sample in samples]),
+        torch.tensor([sample.draw for sample in samples]),
+        tuple(name for sample in samples for name in sample.skipped),
+    )
 
 
 def mixed(*numbers: int) -> int:
@@ -73,7 +78,7 @@ def mixed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-class ImageSet(Dataset):
+class ImageSet(Dataset[Sample]):
     """Pictures by number of the run: ``[index, draw]`` is a Sample of side ``size``.
 
     ``sources``: files, or pictures (H, W, 3) uint8 in memory.
@@ -105,7 +110,7 @@ class ImageSet(Dataset):
         return ImageSet(self.sources[:count], self.size, self.augment, self.seed)
 
 
-class ImageShards(IterableDataset):
+class ImageShards(IterableDataset[Sample]):
     """A stream of Samples from WebDataset shards (tar files), split over processes and workers, shuffled by seed.
 
     ``names`` of single shards, as ``shard_names`` gives them. Passes over them without end. There must be at least one
@@ -134,7 +139,7 @@ class ImageShards(IterableDataset):
                     f"{self.names[0]} and its kin hold no picture that can be read. Wanted: tars of pictures."
                 )
 
-    def _samples(self, stream, passed: int) -> Iterator[Sample]:
+    def _samples(self, stream: Iterable[Mapping[str, Any]], passed: int) -> Iterator[Sample]:
         skipped: tuple[str, ...] = ()
         for fields in stream:
             data = next((v for k, v in fields.items() if f".{k.rsplit('.', 1)[-1]}".lower() in extensions()), None)
@@ -164,7 +169,7 @@ def shard_names(urls: str) -> list[str]:
     return names
 
 
-class Draws(torch.utils.data.Sampler):
+class Draws(torch.utils.data.Sampler[list[tuple[int, int]]]):
     """Batches of (index, draw): every pass over ``count`` pictures in its own seeded order, from step to step.
 
     ``batch_size`` is that of all processes together.
@@ -178,7 +183,7 @@ class Draws(torch.utils.data.Sampler):
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        at, order = -1, None
+        at, order = -1, torch.empty(0)
         for step in self.steps:
             batch = []
             for draw in range(step * self.batch_size, (step + 1) * self.batch_size):
@@ -242,7 +247,7 @@ def cut(image: Image.Image, size: int, augment: Augment, seed: int) -> tuple[Ten
     else:
         left, top = ((whole - side) // 2 for whole in image.size)
     if (side, side) != (size, size) or image.size != (size, size):
-        image = image.resize((size, size), Image.BICUBIC, box=(left, top, left + side, top + side))
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
     mirrored = augment.flip and chance.random() < 0.5
     pixels = np.asarray(ImageOps.mirror(image) if mirrored else image)
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1), mirrored

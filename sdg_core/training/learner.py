@@ -63,14 +63,14 @@ class Learner:
             clean = self.teacher(batch, picture)
         noisy, t = self.look(picture, batch.draw.tolist())
         share = self.settings.micro_batch or len(noisy)
-        parts = list(zip(noisy.split(share), t.split(share), strict=True))
+        parts = list(zip(torch.split(noisy, share), torch.split(t, share), strict=True))
         single = len(parts) == 1
         with torch.set_grad_enabled(single):
             embeds = [self.student(*part) for part in parts]
         whole = torch.cat(embeds).detach().requires_grad_()
         loss, info_nce, cosine = self.loss(whole, clean)
         (grad,) = torch.autograd.grad(loss, whole)
-        for part, pull in zip(parts, grad.split(share), strict=True):
+        for part, pull in zip(parts, torch.split(grad, share), strict=True):
             if part is parts[-1]:
                 self._backward(embeds[0] if single else self.student(*part), pull)
             else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..encoders import CleanCLIP, NoisyCLIP
-from ..method import unit
+from ..method import embedding
 from .images import ImageSet, mixed
 from .sight import StudentSight
 
@@ -54,7 +54,7 @@ def measure_retrieval(
     pictures = [images[i, i] for i in range(len(images))]
     parts = [torch.stack([s.picture for s in pictures[i : i + BATCH]]) for i in range(0, len(pictures), BATCH)]
     parts = [part.to(device).float() / 127.5 - 1 for part in parts]
-    wanted = torch.cat([unit(clean(part, torch.zeros(1, device=device), clean.full_depth).embed) for part in parts])
+    wanted = torch.cat([embedding(clean, part, torch.zeros(1, device=device)) for part in parts])
     rows = []
     for number, t in enumerate(timesteps):
         found = _embeddings(noisy, clean, sight, parts, float(t), seed)
@@ -75,7 +75,7 @@ def _embeddings(
         eps = torch.randn(len(part), sight.channels, sight.size, sight.size, generator=generator).to(part)
         seen = sight.noised(sight.clean(part), eps, ratio.to(part).expand(len(part)))
         for embeds, encoder in zip(result, (noisy, clean), strict=True):
-            embeds.append(unit(encoder(seen, torch.tensor([t], device=part.device), encoder.full_depth).embed))
+            embeds.append(embedding(encoder, seen, torch.tensor([t], device=part.device)))
     return torch.cat(result[0]), torch.cat(result[1])
 
 

@@ -44,7 +44,7 @@ def load_state(accelerator: Accelerator, folder: Path, identity: Mapping[str, An
     if not states:
         raise FileNotFoundError(f"There is nothing to resume in {folder}. Start without --resume.")
     kept = json.loads((states[-1] / "settings.json").read_text())
-    losses = kept.pop("losses")
+    losses: list[float] = kept.pop("losses")
     other = [
         f"{name}: {value} then, {identity.get(name)} now" for name, value in kept.items() if identity.get(name) != value
     ]

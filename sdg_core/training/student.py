@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..encoders import CleanCLIP, NoisyCLIP, ResNetTower, TimmTower, Tower, ViTTower
-from ..method import unit
+from ..method import embedding
 from .images import Batch
 
 CACHED_BYTES = 2**31  # of the teacher's embeddings
@@ -24,8 +24,7 @@ class Student(nn.Module):
         self._whole = [model]  # in a list, so that its text tower is not a part of this
 
     def forward(self, image: Tensor, t: Tensor) -> Tensor:
-        model = self._whole[0]
-        return unit(model(image, t, model.full_depth).embed)
+        return embedding(self._whole[0], image, t)
 
 
 class Average:
@@ -61,7 +60,7 @@ class Teacher:
 
     def __init__(self, clip: CleanCLIP, pictures: int, variants: int) -> None:
         self.clip, self.variants = clip, variants
-        width = clip.tower.visual.output_dim if hasattr(clip.tower.visual, "output_dim") else 1024
+        width: int = getattr(clip.tower.visual, "output_dim", 1024)
         kept = pictures * variants * width * 4 <= CACHED_BYTES
         self.known = torch.zeros(pictures, max(variants, 1), dtype=torch.bool) if kept and variants else None
         self.embeds: Tensor | None = None
@@ -70,7 +69,7 @@ class Teacher:
     def __call__(self, batch: Batch, picture: Tensor) -> Tensor:
         if self.known is None:
             return self._embed(picture)
-        at = batch.index.cpu(), batch.mirrored.cpu().long() * (self.variants > 1)
+        at = batch.which.cpu(), batch.mirrored.cpu().long() * (self.variants > 1)
         missing = ~self.known[at]
         if missing.any():
             fresh = self._embed(picture[missing.to(picture.device)]).cpu()
@@ -78,11 +77,11 @@ class Teacher:
                 self.embeds = fresh.new_zeros(*self.known.shape, fresh.shape[1])
             self.embeds[at[0][missing], at[1][missing]] = fresh
             self.known[at] = True
+        assert self.embeds is not None
         return self.embeds[at].to(picture.device)
 
     def _embed(self, picture: Tensor) -> Tensor:
-        t = torch.zeros(1, device=picture.device)
-        return unit(self.clip(picture, t, self.clip.full_depth).embed)
+        return embedding(self.clip, picture, torch.zeros(1, device=picture.device))
 
     def state_dict(self) -> dict[str, Any]:
         return {"known": self.known, "embeds": self.embeds}
@@ -94,7 +93,7 @@ class Teacher:
 def freeze_but(model: NoisyCLIP, layers: str) -> dict[str, nn.Parameter]:
     """Freezes all but the layers to train; those, by name. Statistics of batch norms stay the clean CLIP's."""
     model.requires_grad_(False)
-    parts: list[nn.Module] = [model.conditioning]
+    parts: list[nn.Module | nn.Parameter] = [model.conditioning]
     if layers == "all":
         parts.append(model.tower)
     elif layers == "last":
@@ -106,13 +105,13 @@ def freeze_but(model: NoisyCLIP, layers: str) -> dict[str, nn.Parameter]:
 
 def last_stage(tower: Tower) -> list[nn.Module | nn.Parameter]:
     """What follows the last but one feature map, up to the embedding."""
-    v = tower.visual
     if isinstance(tower, ResNetTower):
-        return [v.layer4, v.attnpool]
+        return [tower.visual.layer4, tower.visual.attnpool]
     if isinstance(tower, ViTTower):
+        v = tower.visual
         blocks = v.transformer.resblocks
         return [*blocks[round(len(blocks) * 0.75) :], v.ln_post, *([] if v.proj is None else [v.proj])]
     assert isinstance(tower, TimmTower)
-    trunk = v.trunk
+    trunk = tower.visual.trunk
     stages = trunk.stages if hasattr(trunk, "stages") else trunk.blocks
-    return [*list(stages)[round(len(stages) * 0.75) :], v.head]
+    return [*list(stages)[round(len(stages) * 0.75) :], tower.visual.head]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from sdg_core.method import Features, TimestepTable
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("SDG_TEST_THREADS", "1")))
 
 
 class TinyEncoder(nn.Module):

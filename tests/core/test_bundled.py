@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from sdg_core import commands
-from sdg_core.avatars import BUNDLED, Pull, load_world, sample, seeded_noise
+from sdg_core.avatars import BUNDLED, Pull, World, WorldName, load_world, open_world, sample, seeded_noise
 from sdg_core.avatars.demo import SEEDS, demo_rows, draw_grid
 from sdg_core.avatars.evaluate import hits, judge_accuracy
 from sdg_core.avatars.metrics import layout_correlation
-from sdg_core.method import DEFAULT_SCALE, Convention, GuidanceRun, guidance_shift
-from sdg_core.models import percent_to_sigma
+from sdg_core.avatars.world import LATENT_MODELS, ROUTES
+from sdg_core.method import DEFAULT_SCALE
 
 STEPS = 25
 
@@ -67,18 +68,65 @@ def test_the_same_seed_gives_the_same_picture(world):
     assert torch.equal(sample(world, pulls, noise, steps=10), sample(world, pulls, noise, steps=10))
 
 
-def test_the_shift_of_a_batch_is_that_of_its_single_pictures(world):
-    """One step: over many, the encoder's ReLUs amplify the last bit, in which a batch and single runs differ."""
-    pulls = [Pull("text", "a person with glasses"), Pull("style", world.renders[1])]
-    table = world.denoiser.table
-    sigma = table.sigma(torch.tensor([500.0])).float()
-    x = world.renders[4:8] + seeded_noise(range(4), 32) * sigma
+def exactly(name: WorldName) -> World:
+    """A bundled world in float64."""
+    world = open_world(name)
+    decoder = () if world.decoded is None else world.decoded.modules
+    for module in (world.denoiser.unet, world.encoder, *decoder):
+        module.double()
+    return world
 
-    def shift(x: torch.Tensor) -> torch.Tensor:
-        run = GuidanceRun(tuple(map(world.term, pulls)), Convention.VE, percent_to_sigma(table))
-        return guidance_shift(world.denoiser(x, sigma.expand(len(x))), x, sigma, run)
 
-    torch.testing.assert_close(shift(x), torch.cat([shift(one[None]) for one in x]), atol=1e-4, rtol=0)
+def run_apart(world: World, kinds: Sequence[str], steps: int) -> tuple[float, float]:
+    """How far a batch's run is from its pictures' own, and from its own after a change of its noise by one ulp."""
+    channels, size, _ = world.denoiser.shape
+    pulls = [
+        Pull(kind, "a person with glasses" if kind == "text" else world.renders[2 + i]) for i, kind in enumerate(kinds)
+    ]
+    noise = seeded_noise(range(2), size, channels).double()
+    changed = torch.nextafter(noise, torch.zeros_like(noise))
+    batch, other, *singles = (
+        sample(world, pulls, x, steps=steps, sampler="euler") for x in (noise, changed, *noise[:, None])
+    )
+    return float((batch - torch.cat(singles)).abs().max()), float((batch - other).abs().max())
+
+
+@pytest.fixture(scope="module")
+def exact_world() -> World:
+    return exactly(WorldName())
+
+
+@pytest.mark.parametrize("kind", list(DEFAULT_SCALE))
+def test_a_guided_run_of_a_batch_is_that_of_its_single_pictures(exact_world, kind):
+    """Fifty steps at the default scale, in float64."""
+    apart, ulp = run_apart(exact_world, [kind], 50)
+    print(f"{kind}: {apart:.1e} apart; one ulp of the noise makes {ulp:.1e}")
+    assert apart < 1e-9
+
+
+def test_four_guidances_at_once_amplify_rounding_and_nothing_else(exact_world):
+    """At full scale they overshoot at every step, so that one rounding grows: to what a change by one ulp grows."""
+    apart, ulp = run_apart(exact_world, list(DEFAULT_SCALE), 50)
+    print(f"all: {apart:.1e} apart; one ulp of the noise makes {ulp:.1e}")
+    assert apart < max(1e-9, 100 * ulp)
+
+
+LATENTS = [WorldName(model=model, route=route) for model, route in zip(LATENT_MODELS, ROUTES, strict=True)]
+
+
+@pytest.mark.parametrize("name", LATENTS, ids=lambda name: f"{name.model} {name.route}")
+def test_a_guided_run_of_latents_is_that_of_its_single_pictures(name):
+    """Twenty steps of every model, each through another view, text and structure, in float64."""
+    apart, ulp = run_apart(exactly(name), ["text", "structure"], 20)
+    print(f"{name.model} {name.route}: {apart:.1e} apart; one ulp of the noise makes {ulp:.1e}")
+    assert apart < 1e-9
+
+
+def test_the_order_of_guidances_does_not_matter_in_a_whole_run(exact_world):
+    pulls = [Pull("text", "a person with glasses"), Pull("content", exact_world.renders[2])]
+    noise = seeded_noise([0], 32).double()
+    one, other = (sample(exact_world, some, noise, steps=50, sampler="euler") for some in (pulls, pulls[::-1]))
+    assert float((one - other).abs().max()) < 1e-9
 
 
 def test_demo_grid_has_a_row_for_every_guidance_and_room_for_every_label(world):

@@ -47,7 +47,7 @@ def clean(request) -> CleanCLIP:
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.normal_(layer.running_mean, std=0.1)
             nn.init.uniform_(layer.weight, 0.5, 1.5)
-    return CleanCLIP(clip, 32, config=config, source=kind).requires_grad_(False).eval().double()
+    return CleanCLIP(clip, 32, build=config, source=kind).requires_grad_(False).eval().double()
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from torch import Tensor
 from sdg_core.method import (
     PIXEL_VIEW,
     ContentGuidance,
+    DecodedView,
     Features,
     Sight,
     StructureGuidance,
@@ -183,3 +184,42 @@ def test_as_normal_shares_storage_of_any_layout():
     assert normal.data_ptr() == tensor.data_ptr()
     assert torch.equal(normal, tensor)
     assert as_normal(normal) is normal
+
+
+def decoded_gradient(encoder, decoder: torch.nn.Module, weight: float, x: Tensor) -> Tensor:
+    """The gradient of a text score through a decoder, which computes in its own precision."""
+    view = DecodedView(lambda latent: decoder(latent.to(decoder.weight.dtype)), 2, (decoder,))
+    sight = Sight(view, torch.ones(len(x)), T)
+    guidance = TextGuidance(F.normalize(torch.ones(1, 5), dim=-1))
+    target = Target(guidance.target(lambda image, depth: Features(())))
+    return gradient_of_sight(
+        encoder, [Term(guidance, encoder, 1.0)], torch.full((1, len(x)), weight), [target], x, sight
+    )[0]
+
+
+def test_a_decoder_in_float32_hands_the_gradient_on_to_the_bit(tiny_encoder, draw):
+    encoder, x = tiny_encoder(), draw(3, 4, 3, 3) * torch.tensor([1e-3, 1.0, 100.0]).view(3, 1, 1, 1)
+    decoder = torch.nn.ConvTranspose2d(4, 3, 2, stride=2).requires_grad_(False)
+    got = decoded_gradient(encoder, decoder, 7.0, x)
+    x = x.clone().requires_grad_(True)
+    embed = encoder(decoder(x), T, encoder.full_depth).embed
+    score = F.normalize(embed, dim=-1) @ F.normalize(torch.ones(1, 5), dim=-1).T
+    (wanted,) = torch.autograd.grad(7.0 * score.sum(), x)
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("weight", [1e-8, 1.0, 1e8])
+def test_a_decoder_in_fp16_keeps_gradients_of_any_size(weight, tiny_encoder, draw):
+    """fp16 holds 6e-8 to 65504."""
+    encoder, x = tiny_encoder(), draw(2, 4, 3, 3)
+    decoder = torch.nn.ConvTranspose2d(4, 3, 2, stride=2).requires_grad_(False)
+    exact, half = (
+        decoded_gradient(encoder, copy.deepcopy(decoder).to(d), weight, x) for d in (torch.float32, torch.float16)
+    )
+    assert half.dtype == torch.float32
+    assert (half - exact).norm() < 0.01 * exact.norm()
+
+
+def test_a_decoded_picture_without_gradient_gives_none(tiny_encoder, draw):
+    decoder = torch.nn.ConvTranspose2d(4, 3, 2, stride=2).requires_grad_(False).half()
+    assert not decoded_gradient(tiny_encoder(), decoder, 0.0, draw(2, 4, 3, 3)).any()

@@ -35,11 +35,12 @@ def small_memory(tiny_encoder):
         def __init__(self, most: float) -> None:
             super().__init__()
             self.most, self.passes = most, []
+            self.error: RuntimeError = torch.OutOfMemoryError("The toy's memory is full.")
 
         def forward(self, image: Tensor, t: Tensor, depth: int) -> Features:
             self.passes.append(len(image))
             if len(image) > self.most:
-                raise torch.OutOfMemoryError("The toy's memory is full.")
+                raise self.error
             return super().forward(image, t, depth)
 
     return SmallMemory
@@ -87,6 +88,31 @@ def test_parts_are_remembered_and_told_of_once(small_memory, make_run, step, cap
     assert encoder.passes == [1, 1, 5, 2, 2, 1, *[2, 2, 1] * 2]  # two references; 5 fails, and is not tried again
     (message,) = warnings_of(caplog)
     assert "Out of memory in the guidance gradient of 5 pictures" in message
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory",
+        "MPS backend out of memory (MPS allocated: 9.05 GB, other allocations: 8.01 KB, max allowed: 9.07 GB)",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1073741824 bytes.",
+    ],
+)
+def test_errors_of_other_kinds_are_known_by_their_words(words, small_memory, make_run, step):
+    encoder = small_memory(2)
+    encoder.error = RuntimeError(words)
+    whole = guide(*step, make_run(small_memory(math.inf)))
+    torch.testing.assert_close(guide(*step, make_run(encoder)), whole, rtol=1e-4, atol=1e-6)
+
+
+def test_other_errors_are_not_taken_for_it(small_memory, make_run, step):
+    encoder = small_memory(2)
+    encoder.error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        guide(*step, make_run(encoder))
+    assert encoder.passes[-1] == 5
 
 
 def test_halving_twice_is_told_of_once(small_memory, make_run, step, caplog):

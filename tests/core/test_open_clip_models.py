@@ -231,7 +231,7 @@ def test_the_architecture_says_how_pictures_are_normalised(
     quick = tag == "openai"  # whose weights were trained with that activation
     asked_for = {"pretrained": tag, "cache_dir": str(tmp_path), "force_quick_gelu": quick}
     assert asked == [((architecture,), asked_for)]
-    assert model.config["quick_gelu"] == quick
+    assert model.build["quick_gelu"] == quick
     assert_close(model(picture, torch.zeros(1), model.full_depth).embed, wanted)
     if architecture == "ViT-B-16-SigLIP":
         torch.testing.assert_close(model.prepare(picture), picture, rtol=0, atol=1e-5)

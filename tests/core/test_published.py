@@ -276,7 +276,7 @@ def make_clip(architecture: str = "small") -> CleanCLIP:
     with torch.random.fork_rng():
         torch.manual_seed(2)
         config = {**open_clip.get_model_config(architecture), "architecture": architecture}
-        return CleanCLIP(build_clip(config), 32, config=config).requires_grad_(False).eval()
+        return CleanCLIP(build_clip(config), 32, build=config).requires_grad_(False).eval()
 
 
 @pytest.mark.parametrize("t", T)

@@ -20,7 +20,7 @@ from sdg_core.files import save
 from sdg_core.method import LatentFormat
 from sdg_core.models import ADMConfig, ADMUNet, TinyAutoencoder
 
-torch.set_num_threads(1)  # the models are small, and more threads get in each other's way
+torch.set_num_threads(int(os.environ.get("SDG_TEST_THREADS", "1")))  # the models are small: one is quicker
 
 ROOT = Path(__file__).parents[2]
 PLACE = Path.home() / "comfy/ComfyUI"
@@ -202,13 +202,12 @@ def exact(pack, monkeypatch):
 
 def doubled(patcher):
     """A freshly loaded MODEL, NOISY_CLIP or VAE, with weights in float64."""
-    if hasattr(patcher, "first_stage_model"):
-        patcher.first_stage_model.double()
-        patcher.vae_dtype, patcher.working_dtypes = torch.float64, [torch.float64]
-        return patcher
-    net = getattr(patcher.model, "diffusion_model", patcher.model)
-    with torch.inference_mode(False):
+    is_vae = hasattr(patcher, "first_stage_model")
+    net = patcher.first_stage_model if is_vae else getattr(patcher.model, "diffusion_model", patcher.model)
+    with torch.inference_mode():  # as the host moves weights
         net.double()
+    if is_vae:
+        patcher.vae_dtype, patcher.working_dtypes = torch.float64, [torch.float64]
     if hasattr(net, "dtype"):
         net.dtype = torch.float64
     return patcher

@@ -195,7 +195,7 @@ def test_text_comes_from_another_loader_that_keeps_its_own(pack, run, adm, publi
     core, config = pack.encoders, pack.published.config().clip
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        clip = core.CleanCLIP(core.build_clip(config), 32, config=config).requires_grad_(False).eval()
+        clip = core.CleanCLIP(core.build_clip(config), 32, build=config).requires_grad_(False).eval()
     lender, said = pack.memory.patch_module(clip), clip.encode_text(["a"])
     encoders = [run("SDGLoadNoisyCLIP", noisy_clip_name=published_name, text_from=lender) for _ in range(2)]
     assert guided(run, adm, "SDGTextGuidance", noisy_clip=encoders[0], text="a")[1] > 0.01
