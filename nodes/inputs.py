@@ -56,10 +56,10 @@ def check_image(image: Tensor) -> Tensor:
             f"Got a picture of shape {shape}; wanted (batch, height, width, 3). Connect an IMAGE, as "
             "Load Image gives it."
         )
-    if not bool(torch.isfinite(image).all()):
+    if image.is_complex() or not bool(torch.isfinite(image).all()):
         raise ValueError(
-            f"Got a picture of shape {shape} with numbers that are not finite (NaN or infinite); wanted 0..1. Check "
-            "the node that makes it, or connect another IMAGE."
+            f"Got a picture of shape {shape} with numbers that are not finite (NaN or infinite) or not real; wanted "
+            "0..1. Check the node that makes it, or connect another IMAGE."
         )
     return image
 

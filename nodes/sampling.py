@@ -13,6 +13,9 @@ from . import defaults, host
 from .guidance import GuidanceSocket
 from .inputs import check_finite
 
+LONGEST_SCHEDULE = 1_000_000
+"""The most steps and the least denoise that the widgets offer."""
+
 
 def strength_inputs() -> list[io.Input]:
     return [
@@ -66,6 +69,16 @@ def to_strength(strength: str, cap: float) -> Strength:
             "or choose absolute."
         )
     return Strength(strength, cap or None)
+
+
+def check_denoise(steps: int, denoise: float) -> None:
+    """Raises ValueError where the host would make a schedule without end: it takes the last ``steps`` of steps /
+    denoise."""
+    if denoise > 0 and steps / denoise > LONGEST_SCHEDULE:
+        raise ValueError(
+            f"Got denoise {denoise} with {steps} steps; ComfyUI would make a schedule of {steps / denoise:.3g} steps. "
+            "Set denoise to 0.01 or more, or to 0 to keep the latent."
+        )
 
 
 def noise_inputs() -> list[io.Input]:
@@ -191,6 +204,7 @@ class SDGGuidedKSampler(io.ComfyNode):
         vae: comfy.sd.VAE | None = None,
     ) -> io.NodeOutput:
         check_finite(cfg=cfg, denoise=denoise)
+        check_denoise(steps, denoise)
         model, latent_image = host.to_model(model), host.to_latent(latent_image)
         choice = host.ViewChoice(view, host.to_vae(vae))
         pulls = [host.to_conditioning(cond, name) for cond, name in ((positive, "positive"), (negative, "negative"))]

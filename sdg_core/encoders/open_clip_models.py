@@ -51,7 +51,7 @@ def download(architecture: str, tag: str, folder: Path | None = None) -> CleanCL
     check_architecture(architecture)
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if tag not in tags:
-        known = ", ".join(tags) or "none: choose a file of weights instead"
+        known = f"{', '.join(tags)}. Choose one of these" if tags else "none: choose a file of weights instead"
         raise ValueError(f'open_clip has no weights "{tag}" for {architecture}. Its tags: {known}.')
     quick = bool(open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"))  # as the weights were trained
     try:

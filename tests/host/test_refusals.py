@@ -103,6 +103,11 @@ def test_nan_is_no_number(run, sampler, name):
     wrong(run, f"Got {name} nan; wanted a finite number", "SDGGuidedKSampler", **sampler | {name: math.nan})
 
 
+@pytest.mark.parametrize(("steps", "denoise"), [(2, 1e-300), (2, 1e-6), (10_000, 0.009)])
+def test_a_schedule_without_end_is_refused(run, sampler, steps, denoise):
+    wrong(run, "Set denoise to 0.01 or more", "SDGGuidedKSampler", **sampler | {"steps": steps, "denoise": denoise})
+
+
 def test_nan_is_no_scale_weight_or_crossover(run, noisy_clip, clean_clip, text):
     wrong(run, "Got scale nan", "SDGTextGuidance", noisy_clip=noisy_clip, text="a", scale=math.nan, **WHOLE)
     wrong(run, "Got weight_3 nan", "SDGCombineGuidance", guidance_1=text, weight_3=math.nan)
@@ -114,6 +119,11 @@ def test_pictures_with_numbers_that_are_not_finite_are_refused(run, noisy_clip, 
     image = torch.rand(1, 16, 16, 3)
     image[0, 3, 3, 1] = number
     wrong(run, "not finite", "SDGContentGuidance", noisy_clip=noisy_clip, image=image, scale=1.0, **WHOLE)
+
+
+def test_pictures_of_complex_numbers_are_refused(run, noisy_clip):
+    image = torch.rand(1, 16, 16, 3).to(torch.complex64)
+    wrong(run, "not real", "SDGContentGuidance", noisy_clip=noisy_clip, image=image, scale=1.0, **WHOLE)
 
 
 @pytest.mark.parametrize("image", ["word", None, [[0.0]], torch.rand(1, 16, 16, 5), torch.rand(0, 16, 16, 3)])

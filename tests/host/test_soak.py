@@ -20,6 +20,8 @@ from types import ModuleType
 
 import pytest
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="The odd nodes read /proc and limit memory by it.")
+
 RUNS, GROWTH = 200, 0.01
 FEW_RUNS, FEW_GROWTH = 20, 0.02  # memory has not settled after ten runs
 SEED = 0
@@ -137,7 +139,8 @@ class Soak:
             self.client.post("/free", b'{"unload_models": true, "free_memory": true}')
             time.sleep(0.5)
         assert report["patchers"] == 0, report
-        return report
+        time.sleep(1)  # the host frees in another thread, maybe in the middle of that report
+        return self.report()
 
 
 def ended(entry: dict | None) -> str:
