@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
@@ -42,7 +43,7 @@ def bundled_latent_encoder(folder: Path = BUNDLED) -> tuple[Callable[[Tensor], T
     return latent_encoder(autoencoder.encoder, space.scale, space.shift)
 
 
-def save_renders(path: Path, images: np.ndarray, labels: np.ndarray, columns: int = 64) -> None:
+def save_renders(path: Path, images: NDArray[np.uint8], labels: NDArray[np.int8], columns: int = 64) -> None:
     """Renders (N, S, S, 3) uint8 as one sheet, their labels (N, A) in its text chunk. N is a multiple of columns."""
     N, S = images.shape[:2]
     sheet = images.reshape(N // columns, columns, S, S, 3).transpose(0, 2, 1, 3, 4).reshape(-1, columns * S, 3)
