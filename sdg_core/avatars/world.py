@@ -53,6 +53,12 @@ CLEAN_SCALE = {"text": 600.0, "content": 600.0, "structure": 600.0, "style": 200
 CLEAN_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.95)}
 """Scales and intervals that clean encoders were measured at on the latent models: they pull less, and need longer."""
 
+RELATIVE_CAP = 0.25
+RELATIVE_INTERVAL: Mapping[Kind, tuple[float, float]] = {
+    "text": (0.2, 0.8), "content": (0.2, 1.0), "structure": (0.2, 1.0), "style": (0.2, 1.0)
+}  # fmt: skip
+"""The cap of relative strength, and where it acts, that the latent models were measured at; for any encoder."""
+
 STEPS = {"pixels": 50, "latents": 20}
 """Sampling steps of the measurements."""
 
