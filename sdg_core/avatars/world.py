@@ -54,10 +54,11 @@ CLEAN_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.95)}
 """Scales and intervals that clean encoders were measured at on the latent models: they pull less, and need longer."""
 
 RELATIVE_CAP = 0.25
-RELATIVE_INTERVAL: Mapping[Kind, tuple[float, float]] = {
-    "text": (0.2, 0.8), "content": (0.2, 1.0), "structure": (0.2, 1.0), "style": (0.2, 1.0)
-}  # fmt: skip
-"""The cap of relative strength, and where it acts, that the latent models were measured at; for any encoder."""
+RELATIVE_INTERVAL = dict.fromkeys(DEFAULT_SCALE, (0.05, 0.8))
+"""Relative strength and where it acts, by kind, that clean encoders were measured at on the latent models.
+
+The start keeps off the first steps of flow models, which may leap from any sigma / alpha; the last fifth adds little.
+"""
 
 STEPS = {"pixels": 50, "latents": 20}
 """Sampling steps of the measurements."""
