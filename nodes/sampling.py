@@ -23,8 +23,8 @@ def strength_inputs() -> list[io.Input]:
             "strength",
             options=["absolute", "relative"],
             default="absolute",
-            tooltip="absolute: scales act as they are. relative: every step shifts by exactly cap times "
-            "the model's own step; scales only share it out.",
+            tooltip="absolute: scales act as they are. relative: every step shifts by cap times the model's own, "
+            "alike on any model; scales only share it out.",
         ),
         io.Float.Input(
             "cap",
@@ -33,8 +33,8 @@ def strength_inputs() -> list[io.Input]:
             max=10.0,
             step=0.05,
             round=0.001,
-            tooltip="On by default: the shift's RMS is at most cap times the model's own step. "
-            "0 is no cap. Usual: 0.5 to 1.",
+            tooltip="absolute: the shift's RMS is at most cap times the model's own step; 0 is no cap, 1 usual. "
+            "relative: exactly that; start at 0.25.",
         ),
     ]
 

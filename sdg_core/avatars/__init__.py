@@ -1,11 +1,11 @@
 """The bundled world of avatars: small trained models, a judge that shares no weights with them, and what they measure.
 
 ``files`` says where the models are, ``world`` opens and samples them, ``judge`` and ``metrics`` measure pictures,
-``evaluate`` measures guidance, ``demo`` draws the first picture.
+``evaluate`` measures guidance, ``relative`` what relative strength does, ``demo`` draws the first picture.
 """
 
 from .demo import draw_demo
-from .evaluate import SUITES, Row, Settings, as_json, evaluate
+from .evaluate import MODEL_SUITES, SUITES, Row, Settings, as_json, evaluate
 from .files import BUNDLED, NAME, bundled_latent_encoder, latent_space, load_bundled_clip, load_renders, save_renders
 from .judge import Judge, load_judge
 from .world import (
@@ -13,6 +13,8 @@ from .world import (
     CLEAN_SCALE,
     NOISY_INTERVAL,
     NOISY_SCALE,
+    RELATIVE_CAP,
+    RELATIVE_INTERVAL,
     SAMPLERS,
     Pull,
     World,
@@ -28,9 +30,12 @@ __all__ = [
     "BUNDLED",
     "CLEAN_INTERVAL",
     "CLEAN_SCALE",
+    "MODEL_SUITES",
     "NAME",
     "NOISY_INTERVAL",
     "NOISY_SCALE",
+    "RELATIVE_CAP",
+    "RELATIVE_INTERVAL",
     "SAMPLERS",
     "SUITES",
     "Judge",

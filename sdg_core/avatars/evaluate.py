@@ -20,8 +20,22 @@ import torch
 from torch import Tensor
 
 from ..method import DEFAULT_SCALE, Convention, Kind, Strength, guide
+from . import relative
 from .metrics import gram_distance, histogram_overlap, layout_correlation, nearest, spread
-from .world import LATENT_MODELS, ROUTES, STEPS, Pull, Sampler, World, WorldName, open_world, sample, seeded_noise
+from .world import (
+    LATENT_MODELS,
+    RELATIVE_CAP,
+    RELATIVE_INTERVAL,
+    ROUTES,
+    STEPS,
+    Pull,
+    Sampler,
+    World,
+    WorldName,
+    open_world,
+    sample,
+    seeded_noise,
+)
 
 STYLE_WORDS = {
     "ink": "ink drawing",
@@ -76,11 +90,13 @@ class Settings:
     steps: int = 0  # 0: as the README's measurements, ``world.STEPS``
     sampler: Sampler = "euler_ancestral"
     strength: Strength = field(default_factory=Strength)
+    cap: float = RELATIVE_CAP  # of the suite relative
     block: int = 1
     processes: int = 0  # 0: one per core
     world: WorldName = field(default_factory=WorldName)
     references: int = REFERENCES
-    only: str = "*"  # which rows of the latent suite, as a pattern of their names
+    only: str = "*"  # which rows of the suites latent and relative, as a pattern of their names
+    intervals: Mapping[Kind, tuple[float, float]] | None = None  # None: the world's
 
 
 def prompt(wish: Mapping[str, object]) -> str:
@@ -118,6 +134,8 @@ def _worker() -> None:
 
 def _run(job: Job, settings: Settings) -> Tensor:
     world = _worker_world(settings.world)
+    if settings.intervals is not None:
+        world = replace(world, intervals=settings.intervals)
     channels, size, _ = world.denoiser.shape
     noise = seeded_noise(job.seeds, size, channels)
     steps = settings.steps or STEPS["latents" if settings.world.route else "pixels"]
@@ -350,8 +368,8 @@ def evaluate(names: Sequence[str], settings: Settings, progress: Progress = lamb
     result: list[Row] = []
     with ProcessPoolExecutor(processes, get_context("spawn"), _worker) as pool, torch.no_grad():
         for name in names:
-            if name == "latent":
-                result += latent_rows(pool, settings, progress)
+            if name in MODEL_SUITES:
+                result += MODEL_SUITES[name](pool, settings, progress)
             else:
                 result += suite_rows(pool, SUITES[name], settings, functools.partial(progress, name))
     return result
@@ -428,30 +446,94 @@ def latent_text(world: World, settings: Settings) -> list[Suite]:
 
     def rows(images: Tensor, twins: Tensor) -> list[Row]:
         hit, plain = (float(hits(world, x, asked).mean()) for x in (images, twins))
-        return [Row("text", len(asked), hit, plain, None)]
+        near = farther(world, images.clamp(-1, 1), twins.clamp(-1, 1))
+        return [
+            Row("text", len(asked), hit, plain, None),
+            Row("text/nearest render", len(asked), near, 1.0, None),
+        ]
 
     return [Suite(jobs, rows)]
 
 
-def first_row(make: Callable[[World, Settings], list[Suite]]) -> Callable[[World, Settings], list[Suite]]:
-    """A suite that gives only its first row, the one that the kind is about."""
-
-    def first(world: World, settings: Settings) -> list[Suite]:
-        return [Suite(suite.jobs, functools.partial(_first_of, suite)) for suite in make(world, settings)]
-
-    return first
+SuiteMaker = Callable[[World, Settings], list[Suite]]
 
 
-def _first_of(suite: Suite, images: Tensor, twins: Tensor) -> list[Row]:
-    return suite.rows(images, twins)[:1]
+def only_rows(make: SuiteMaker, *wanted: str) -> SuiteMaker:
+    """A suite that gives only the rows of these names."""
+
+    def some(world: World, settings: Settings) -> list[Suite]:
+        return [Suite(suite.jobs, functools.partial(_rows_of, suite, wanted)) for suite in make(world, settings)]
+
+    return some
 
 
-LATENT_SUITES: dict[Kind, Callable[[World, Settings], list[Suite]]] = {
+def _rows_of(suite: Suite, wanted: Sequence[str], images: Tensor, twins: Tensor) -> list[Row]:
+    return [row for row in suite.rows(images, twins) if row.name in wanted]
+
+
+KIND_SUITES: dict[Kind, SuiteMaker] = {
     "text": latent_text,
-    "content": first_row(content),
-    "structure": first_row(structure),
-    "style": first_row(style),
+    "content": content,
+    "structure": structure,
+    "style": style,
 }
+LATENT_SUITES = {kind: only_rows(make, kind) for kind, make in KIND_SUITES.items()}
+RELATIVE_SUITES = {kind: only_rows(make, kind, f"{kind}/nearest render") for kind, make in KIND_SUITES.items()}
+"""The row that a kind is about, and, under relative strength, the one that shows over-guidance."""
+
+
+# --- relative strength -------------------------------------------------------------------------------------------
+
+
+def relative_rows(pool: Executor, settings: Settings, progress: Progress) -> list[Row]:
+    """`relative/<eps|v|flow>/<size>/<step|pull>`, how far their pulls differ, and, as in the suite latent, what the
+    strength does: `relative/<eps|v|flow>/<route>/<text|content|style|structure>` and its `.../nearest render`."""
+    settings = replace(settings, strength=Strength("relative", settings.cap))
+    return effect_rows(pool, settings, progress) + relative_quality(pool, settings, progress)
+
+
+def effect_rows(pool: Executor, settings: Settings, progress: Progress) -> list[Row]:
+    """The measures of ``relative``, of every model and size, over all kinds of guidance."""
+    result: list[Row] = []
+    for model, size in itertools.product(LATENT_MODELS, relative.SIZES):
+        names = [f"relative/{model}/{size}/{measure}" for measure in relative.Effect._fields]
+        if not any(fnmatch(name, settings.only) for name in names):
+            continue
+        here = replace(settings, world=replace(settings.world, model=model, route="clean linear"))
+        jobs = spread_over([(pull,) for pull in relative.targets(_worker_world(here.world))], here)
+        parts: list[relative.Effect] = []
+        for part in pool.map(_effect, jobs, itertools.repeat(here), itertools.repeat(size)):
+            parts.append(part)
+            progress(f"relative/{model}/{size}", len(parts), len(jobs))
+        values = [torch.cat(column) for column in zip(*parts, strict=True)]
+        result += [Row(name, len(v), float(v.mean()), 0.0, None) for name, v in zip(names, values, strict=True)]
+    pulls = [row.value for row in result if row.name.endswith("/pull")]
+    if len(pulls) > 1:
+        result.append(Row("relative/deviation", len(pulls), relative.deviation(pulls), 0.0, 0.1))
+    return [row for row in result if fnmatch(row.name, settings.only)]
+
+
+def _effect(job: Job, settings: Settings, size: int) -> relative.Effect:
+    world = _worker_world(settings.world)
+    noise = seeded_noise(job.seeds, size, world.denoiser.shape[0])
+    steps = settings.steps or STEPS["latents"]
+    return relative.measure_effect(world, job.pulls[0], noise, settings.strength, steps)
+
+
+def relative_quality(pool: Executor, settings: Settings, progress: Progress) -> list[Row]:
+    """The suite latent under relative strength, in its intervals."""
+    result: list[Row] = []
+    unguided: dict[str, dict[tuple[int, ...], Tensor]] = {}
+    for model, route in itertools.product(LATENT_MODELS, ROUTES):
+        world = replace(settings.world, model=model, route=route)
+        here = replace(settings, references=LATENT_REFERENCES, world=world, intervals=RELATIVE_INTERVAL)
+        for kind, make in RELATIVE_SUITES.items():
+            name = f"relative/{model}/{route}/{kind}"
+            if fnmatch(name, settings.only):
+                twins = unguided.setdefault(model, {})
+                rows = suite_rows(pool, make, here, functools.partial(progress, name), twins)
+                result += [replace(row, name=f"relative/{model}/{route}/{row.name}", bar=None) for row in rows]
+    return result
 
 
 def _with_twins(
@@ -469,6 +551,13 @@ def _with_twins(
     made = pictures(pool, [*jobs, *(Job((), s) for s in seeds)], settings, progress)
     twins.update(zip(seeds, made[len(jobs) :], strict=True))
     return torch.cat(made[: len(jobs)]), torch.cat([twins[job.seeds] for job in jobs])
+
+
+MODEL_SUITES: dict[str, Callable[[Executor, Settings, Progress], list[Row]]] = {
+    "latent": latent_rows,
+    "relative": relative_rows,
+}
+"""Suites over the latent models."""
 
 
 def as_json(rows: Sequence[Row]) -> dict[str, list[dict[str, object]]]:

@@ -54,6 +54,13 @@ CLEAN_SCALE: dict[Kind, float] = {"text": 600.0, "content": 600.0, "structure": 
 CLEAN_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.95)}
 """Scales and intervals that clean encoders were measured at on the latent models: they pull less, and need longer."""
 
+RELATIVE_CAP = 0.25
+RELATIVE_INTERVAL = dict.fromkeys(DEFAULT_SCALE, (0.05, 0.8))
+"""Relative strength and where it acts, by kind, that clean encoders were measured at on the latent models.
+
+The start keeps off the first steps of flow models, which may leap from any sigma / alpha; the last fifth adds little.
+"""
+
 STEPS = {"pixels": 50, "latents": 20}
 """Sampling steps of the measurements."""
 

@@ -14,7 +14,20 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from ..avatars import BUNDLED, NAME, SAMPLERS, SUITES, Row, Settings, WorldName, as_json, evaluate, load_renders
+from ..avatars import (
+    BUNDLED,
+    MODEL_SUITES,
+    NAME,
+    RELATIVE_CAP,
+    SAMPLERS,
+    SUITES,
+    Row,
+    Settings,
+    WorldName,
+    as_json,
+    evaluate,
+    load_renders,
+)
 from ..encoders import CleanCLIP, NoisyCLIP, load_noisy_clip, write_retrieval
 from ..training import (
     PLAIN,
@@ -40,10 +53,17 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     check.add_argument(
         "--suite",
         action="append",
-        choices=[*SUITES, "latent", "all"],
-        help="default: all of the pixel world; repeatable. latent: the latent models, every route",
+        choices=[*SUITES, *MODEL_SUITES, "all"],
+        help="default: all of the pixel world; repeatable. latent: the latent models, every route. relative: how far "
+        "relative strength pulls them, and what that does",
     )
-    check.add_argument("--only", default="*", metavar="PATTERN", help='rows of the suite latent, as "v/*/text"')
+    check.add_argument(
+        "--only",
+        default="*",
+        metavar="PATTERN",
+        help='rows of the suites latent and relative, as "v/*/text" and "relative/*/pull"',
+    )
+    check.add_argument("--cap", type=float, default=RELATIVE_CAP, help="of the suite relative")
     check.add_argument("--samples", type=int, default=256, help="samples a row")
     check.add_argument("--steps", type=int, default=0, help="0: 50, and 20 for the latent models")
     check.add_argument("--sampler", choices=SAMPLERS, default="euler_ancestral")
@@ -87,6 +107,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         processes=args.processes,
         world=WorldName(args.models),
         only=args.only,
+        cap=args.cap,
     )
     with tqdm(unit="batch", file=sys.stderr) as bar:
         rows = evaluate(names, settings, lambda name, done, total: advance(bar, done, total, name))

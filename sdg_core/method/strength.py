@@ -18,8 +18,14 @@ log = logging.getLogger(__name__)
 class Strength:
     """How scores become a shift of denoised.
 
-    "absolute": the paper's scale, shift = sigma^2 / alpha * grad F. "relative": the direction of that, with a size of
-    ``cap`` times the model's own step, so the same number pulls alike for any model and resolution.
+    "absolute": the paper's scale, shift = sigma^2 / alpha * grad F.
+    "relative": the direction of that, of a fixed size at every step and for every sample:
+
+        shift = cap * rms(step) * grad F / rms(grad F),  step = (x_t - alpha * denoised) / alpha = sigma / alpha * eps
+
+    Both are in units of x_0, so at one noise level sigma / alpha one number is one shift, in every convention and at
+    every size. Euler's next x_t / alpha depends on sigma / alpha and on denoised alone, so a whole run of one model
+    is pulled alike too; ``avatars.relative`` measures how alike, of models trained apart (docs/relative.md).
     ``cap``: the shift's RMS is at most this multiple of the model's own eps step, per sample; None is no bound.
     """
 

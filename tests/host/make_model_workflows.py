@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from make_workflows import SIZES, SOCKETS, STRUCTURE_LAYERS, Graph, settings
+from make_workflows import SIZES, SOCKETS, STRUCTURE_LAYERS, Graph
 
-from sdg_core.method import StyleGuidance
+from sdg_core.avatars import RELATIVE_CAP, RELATIVE_INTERVAL
+from sdg_core.method import DEFAULT_SCALE, StyleGuidance
 
 DOWNLOAD = "download by tag"
 GUIDED = (
@@ -161,8 +162,13 @@ class Run:
         return [0, "fixed", self.steps, self.cfg, self.sampler, self.scheduler, 1.0]
 
 
-STRENGTH = ["absolute", 1.0]
-"""strength and cap of the nodes that apply guidance."""
+STRENGTH = ["relative", RELATIVE_CAP]
+"""strength and cap of the nodes that apply guidance: relative to a model's own step, also where nobody measured it."""
+
+
+def settings(kind: str, *layers: str) -> list:
+    """Widget values of a guidance node: its scale, layers if it has them, and the interval of relative strength."""
+    return [DEFAULT_SCALE[kind], *layers, *RELATIVE_INTERVAL[kind]]
 
 
 # Models
@@ -227,13 +233,12 @@ def reference(graph: ModelGraph, advice: str) -> int:
 
 
 HOW_STRONG = (
-    "Keep the seed, change one **scale** at a time. The defaults were measured on the small models of this pack; "
-    "others may want other values.\n\n"
-    "- Nothing changes: multiply the scale by 3.\n"
-    "- Colours burn, detail tears: halve it, or lower **cap** to 0.5 or 0.25.\n"
-    "- 0 is off, negative pushes away.\n\n"
-    "After each run the console says how many shifts the cap bound. Where it bound all of them, a higher scale "
-    "changes no more."
+    "**strength** is *relative*: every step shifts by **cap** times the model's own step, which means the same on "
+    "every model. Keep the seed, change the cap.\n\n"
+    "- Too little: 0.5.\n"
+    "- Colours burn, detail tears: 0.1, or let the guidance end at 0.6.\n"
+    "- The **scale** only shares the shift out between guidances; its sign says towards or away.\n\n"
+    "The cap was measured on the small latent models of this pack (eps, v, flow), not on this one."
 )
 LINEAR = (
     "**view** is *auto*: CLIP looks at the latent's own colours, which costs little. Connect the VAE to **vae**, and "
