@@ -6,6 +6,7 @@ ends; an error on the way names its node, and where it comes from this pack it s
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -166,11 +167,18 @@ def submit(client: Client, case) -> tuple[Verdict, str | None]:
 
 def judge_500(client: Client, since: int) -> Verdict:
     """Excused where the error is the host's own, in a place that is known, and no node of ours was asked."""
-    said = client.until(lambda: re.findall(r'File "(.+?)", line \d+, in (\w+)', client.logged(since)), 2) or []
-    inside = [name for _, name in said if name in KNOWN_BEFORE_NODES]
-    if inside and not any(PACK in path for path, _ in said):
+    said = client.until(lambda: request_traceback(client.logged(since)), 5) or []
+    if any(name in KNOWN_BEFORE_NODES for _, name in said) and not any(PACK in path for path, _ in said):
         return Verdict("500 of the host")
     return Verdict("500", f"status 500: {client.logged(since)[-1500:]}")
+
+
+def request_traceback(log: str) -> list[tuple[str, str]]:
+    """(file, function) of what the server logs of a failed request; prompts that run meanwhile log theirs as well."""
+    _, found, rest = log.partition("Error handling request")
+    _, _, lines = rest.partition("Traceback (most recent call last):\n")
+    frames = itertools.takewhile(lambda line: line.startswith(" "), lines.splitlines())
+    return re.findall(r'File "(.+?)", line \d+, in (\w+)', "\n".join(frames)) if found else []
 
 
 def wrong_refusal(answer: dict, prompt: dict) -> str | None:

@@ -88,6 +88,21 @@ def run_all(client, cases: list):
     return tally
 
 
+def test_a_failed_request_is_told_from_a_prompt_that_fails_meanwhile():
+    log = """Traceback (most recent call last):
+  File "/a/semantic-diffusion-guidance/nodes/loaders.py", line 61, in execute
+ValueError: of a prompt
+[ERROR] Error handling request from 127.0.0.1
+Traceback (most recent call last):
+  File "/comfy/server.py", line 1, in post_prompt
+    json_data = await request.json()
+TypeError: of the request
+  File "/a/semantic-diffusion-guidance/nodes/loaders.py", line 61, in execute
+"""
+    assert oracle.request_traceback(log) == [("/comfy/server.py", "post_prompt")]
+    assert oracle.request_traceback(log[:100]) == []
+
+
 def test_unmutated_workflows_run(client, world):
     for name, prompt in world.bases.items():
         case = fuzz.made_case("none", name, prompt)
