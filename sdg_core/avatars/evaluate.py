@@ -349,7 +349,9 @@ def finite(world: World, settings: Settings) -> list[Suite]:
     return [Suite(spread_over(prompts, settings), rows)]
 
 
-SUITES: dict[str, Callable[[World, Settings], list[Suite]]] = {
+SuiteMaker = Callable[[World, Settings], list[Suite]]
+
+SUITES: dict[str, SuiteMaker] = {
     "text": one_attribute,
     "pairs": two_attributes,
     "content": content,
@@ -377,7 +379,7 @@ def evaluate(names: Sequence[str], settings: Settings, progress: Progress = lamb
 
 def suite_rows(
     pool: Executor,
-    make: Callable[[World, Settings], list[Suite]],
+    make: SuiteMaker,
     settings: Settings,
     progress: Callable[[int, int], None],
     twins: dict[tuple[int, ...], Tensor] | None = None,
@@ -455,9 +457,6 @@ def latent_text(world: World, settings: Settings) -> list[Suite]:
     return [Suite(jobs, rows)]
 
 
-SuiteMaker = Callable[[World, Settings], list[Suite]]
-
-
 def only_rows(make: SuiteMaker, *wanted: str) -> SuiteMaker:
     """A suite that gives only the rows of these names."""
 
@@ -486,8 +485,12 @@ RELATIVE_SUITES = {kind: only_rows(make, kind, f"{kind}/nearest render") for kin
 
 
 def relative_rows(pool: Executor, settings: Settings, progress: Progress) -> list[Row]:
-    """`relative/<eps|v|flow>/<size>/<step|pull>`, how far their pulls differ, and, as in the suite latent, what the
-    strength does: `relative/<eps|v|flow>/<route>/<text|content|style|structure>` and its `.../nearest render`."""
+    """How far relative strength pulls, and what that does.
+
+    `relative/<eps|v|flow>/<size>/<step|pull|finished>`; `relative/deviation/<pull|finished>`, the largest deviation of
+    a model and size from the mean; and, as in the suite latent, `relative/<eps|v|flow>/<route>/<kind>`, each with its
+    `.../nearest render`.
+    """
     settings = replace(settings, strength=Strength("relative", settings.cap))
     return effect_rows(pool, settings, progress) + relative_quality(pool, settings, progress)
 
@@ -507,9 +510,10 @@ def effect_rows(pool: Executor, settings: Settings, progress: Progress) -> list[
             progress(f"relative/{model}/{size}", len(parts), len(jobs))
         values = [torch.cat(column) for column in zip(*parts, strict=True)]
         result += [Row(name, len(v), float(v.mean()), 0.0, None) for name, v in zip(names, values, strict=True)]
-    pulls = [row.value for row in result if row.name.endswith("/pull")]
-    if len(pulls) > 1:
-        result.append(Row("relative/deviation", len(pulls), relative.deviation(pulls), 0.0, 0.1))
+    for measure, bar in (("pull", 0.1), ("finished", None)):
+        cells = [row.value for row in result if row.name.endswith(f"/{measure}")]
+        if len(cells) > 1:
+            result.append(Row(f"relative/deviation/{measure}", len(cells), relative.deviation(cells), 0.0, bar))
     return [row for row in result if fnmatch(row.name, settings.only)]
 
 

@@ -1,12 +1,14 @@
 """How far one relative strength pulls, measured on the latent models: eps, v and flow, at three sizes.
 
-Two measures of a guided run beside its unguided twin, both in units of x_0, whose variance is about 1:
+Three measures of a guided run beside its unguided twin from the same noise:
 
 - ``step``: RMS of a step's shift over that of the model's own step sigma / alpha * eps. By definition the cap.
-- ``pull``: RMS of the finished latent minus the unguided one from the same noise. An effect: nothing fixes it.
+- ``pull``: RMS distance of x_t / alpha between the two, averaged over the steps. An effect: nothing fixes it.
+- ``finished``: that distance of the finished latents: what the model has not undone by then.
 
-All models take the same noise levels sigma / alpha in Euler steps, under which one denoiser gives the same x_t / alpha
-in every convention. What differs then is the trained models' answer, and the size.
+Distances are in units of x_0, whose variance is about 1. All models take the same noise levels sigma / alpha in Euler
+steps, under which one denoiser gives the same x_t / alpha in every convention. What differs then is the answer of
+models trained apart, and the size.
 """
 
 from __future__ import annotations
@@ -30,10 +32,11 @@ NOISE = TimestepTable.from_name("scaled_linear")
 
 
 class Effect(NamedTuple):
-    """Of every sample (B,): ``step``, the mean over its guided steps, and ``pull``."""
+    """Of every sample (B,): ``step``, the mean over its guided steps, ``pull`` and ``finished``."""
 
     step: Tensor
     pull: Tensor
+    finished: Tensor
 
 
 def measure_effect(world: World, pull: Pull, noise: Tensor, strength: Strength, steps: int) -> Effect:
@@ -42,8 +45,9 @@ def measure_effect(world: World, pull: Pull, noise: Tensor, strength: Strength, 
     term = replace(world.term(pull), start=start, end=end)
     guided = _Recorded(world, _open_run(world, term, strength))
     plain = _Recorded(world, _open_run(world, replace(term, scale=0.0), strength))
-    finished, twin = (_sampled(recorded, noise, steps) for recorded in (guided, plain))
-    return Effect(torch.stack(guided.steps).mean(dim=0), rms(finished - twin))
+    paths = zip(_path(guided, noise, steps), _path(plain, noise, steps), strict=True)
+    distances = torch.stack([rms(x - twin) for x, twin in paths])
+    return Effect(torch.stack(guided.steps).mean(dim=0), distances.mean(dim=0), distances[-1])
 
 
 def targets(world: World) -> list[Pull]:
@@ -88,9 +92,9 @@ def _open_run(world: World, term: Term, strength: Strength) -> GuidanceRun:
     return replace(run, percent_to_sigma=lambda percent: float(sigma_at(torch.tensor(to_ratio(percent)), convention)))
 
 
-def _sampled(denoise: _Recorded, noise: Tensor, steps: int) -> Tensor:
-    sigmas = sigma_at(normal_sigmas(NOISE, steps), denoise.run.convention)
-    x = noise * sigmas[0]
-    for step in euler(denoise, x, sigmas):
-        x = step.x
-    return x
+def _path(denoise: _Recorded, noise: Tensor, steps: int) -> list[Tensor]:
+    """x_t / alpha (B, C, H, W) after every step."""
+    convention = denoise.run.convention
+    sigmas = sigma_at(normal_sigmas(NOISE, steps), convention)
+    run = euler(denoise, noise * sigmas[0], sigmas)
+    return [step.x / convention.alpha(sigma) for step, sigma in zip(run, sigmas[1:], strict=True)]

@@ -233,9 +233,9 @@ def reference(graph: ModelGraph, advice: str) -> int:
 
 
 HOW_STRONG = (
-    "**strength** is *relative*: every step shifts by **cap** times the model's own step, which means the same on "
+    "**strength** is *relative*: every step shifts by **cap** times the model's own step, the same part on "
     "every model. Keep the seed, change the cap.\n\n"
-    "- Too little: 0.5.\n"
+    "- Too little, of a style above all: 0.5.\n"
     "- Colours burn, detail tears: 0.1, or let the guidance end at 0.6.\n"
     "- The **scale** only shares the shift out between guidances; its sign says towards or away.\n\n"
     "The cap was measured on the small latent models of this pack (eps, v, flow), not on this one."
