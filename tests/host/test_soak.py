@@ -25,6 +25,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="The odd nodes r
 RUNS, GROWTH = 200, 0.01
 FEW_RUNS, FEW_GROWTH = 20, 0.02  # memory has not settled after ten runs
 SEED = 0
+EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONMALLOC": "malloc"}
+"""malloc gives blocks above the threshold back as soon as they are freed, and would raise it as it sees fit; Python
+keeps an allocator of its own, of which nothing comes back while one object in a megabyte lives. Without these, holes
+pass for growth, and the heap does not hold Python's objects."""
 LONG = 5000
 """Steps of a run that is to be cancelled."""
 
@@ -44,9 +48,7 @@ bases, oracle = sibling("fuzz_bases"), sibling("fuzz_oracle")
 
 @pytest.fixture(scope="module")
 def client(comfyui_path, tmp_path_factory) -> Iterator:
-    # malloc gives blocks above the threshold back as soon as they are freed, and raises it as it sees fit. Set, it
-    # stays, and RSS follows what the process holds; otherwise holes in the heap pass for growth.
-    with bases.serve_odd(comfyui_path, tmp_path_factory.mktemp("soak"), MALLOC_MMAP_THRESHOLD_="65536") as server:
+    with bases.serve_odd(comfyui_path, tmp_path_factory.mktemp("soak"), **EXACT) as server:
         yield oracle.Client(server.url, server.base / "server.log")
 
 
@@ -67,6 +69,7 @@ class Soak:
             ended = run(self, kind)
             assert ended == wanted, f"run {self.count}, {kind}: {ended}\n{self.client.log.read_text()[-3000:]}"
             self.outcomes[wanted] += 1
+        self.client.post("/history", b'{"clear": true}')  # the host's record of prompts, which grows up to 10,000
 
     def prompt(self, name: str, **inputs: object) -> dict:
         """A prompt at this run's seed, with other inputs at its sampler or learner."""
@@ -132,7 +135,6 @@ class Soak:
 
     def freed(self) -> dict:
         """The report after the host has dropped its models and cached outputs."""
-        self.client.post("/history", b'{"clear": true}')
         end = time.monotonic() + 60
         while (report := self.report())["patchers"] and time.monotonic() < end:
             # Asked again and again: a request that comes while the host collects garbage is not seen for long.
