@@ -98,10 +98,14 @@ def exact_world() -> World:
 
 @pytest.mark.parametrize("kind", list(DEFAULT_SCALE))
 def test_a_guided_run_of_a_batch_is_that_of_its_single_pictures(exact_world, kind):
-    """Fifty steps at the default scale, in float64."""
+    """Fifty steps at the default scale, in float64.
+
+    Guidance amplifies rounding, by pictures' content and style the most, and rounding is each CPU's own: where a change
+    of the noise by one ulp grows beyond 1e-9, the bar is a hundred times what it grows to.
+    """
     apart, ulp = run_apart(exact_world, [kind], 50)
     print(f"{kind}: {apart:.1e} apart; one ulp of the noise makes {ulp:.1e}")
-    assert apart < 1e-9
+    assert apart < max(1e-9, 100 * ulp)
 
 
 def test_four_guidances_at_once_amplify_rounding_and_nothing_else(exact_world):
@@ -119,14 +123,18 @@ def test_a_guided_run_of_latents_is_that_of_its_single_pictures(name):
     """Twenty steps of every model, each through another view, text and structure, in float64."""
     apart, ulp = run_apart(exactly(name), ["text", "structure"], 20)
     print(f"{name.model} {name.route}: {apart:.1e} apart; one ulp of the noise makes {ulp:.1e}")
-    assert apart < 1e-9
+    assert apart < max(1e-9, 100 * ulp)
 
 
 def test_the_order_of_guidances_does_not_matter_in_a_whole_run(exact_world):
     pulls = [Pull("text", "a person with glasses"), Pull("content", exact_world.renders[2])]
     noise = seeded_noise([0], 32).double()
-    one, other = (sample(exact_world, some, noise, steps=50, sampler="euler") for some in (pulls, pulls[::-1]))
-    assert float((one - other).abs().max()) < 1e-9
+    one, other, changed = (
+        sample(exact_world, some, x, steps=50, sampler="euler")
+        for some, x in ((pulls, noise), (pulls[::-1], noise), (pulls, torch.nextafter(noise, torch.zeros_like(noise))))
+    )
+    apart, ulp = (float((one - two).abs().max()) for two in (other, changed))
+    assert apart < max(1e-9, 100 * ulp)
 
 
 def test_demo_grid_has_a_row_for_every_guidance_and_room_for_every_label(world):
