@@ -15,18 +15,17 @@ from ..files import fill, load
 class Judge(nn.Module):
     """A GroupNorm CNN with one linear head per attribute.
 
-    ``attributes``: name -> its values, in the order of the logits. ``forward(image (B, 3, 32, 32) in -1..1)`` gives
-    the logits by name and the features (B, 192) before the heads.
+    ``attributes``: name -> its values, in the order of the logits. ``forward(image (B, 3, size, size) in -1..1)`` gives
+    the logits by name and the features (B, 8 width) before the heads. A judge of 64 px halves its first maps.
     """
 
-    size = 32
-
-    def __init__(self, attributes: Mapping[str, Sequence[object]], width: int = 24) -> None:
+    def __init__(self, attributes: Mapping[str, Sequence[object]], width: int = 24, size: int = 32) -> None:
         super().__init__()
+        self.size = size
         self.attributes = {name: tuple(values) for name, values in attributes.items()}
         w = width
         self.body = nn.Sequential(
-            _block(3, w, 1),
+            _block(3, w, size // 32),
             _block(w, 2 * w, 2),
             _block(2 * w, 4 * w, 2),
             _block(4 * w, 8 * w, 2),
@@ -35,7 +34,7 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(8 * w, len(v)) for name, v in self.attributes.items()})
 
     def features(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in -1..1 -> (B, 192). Other sizes are averaged or enlarged to 32 x 32."""
+        """(B, 3, H, W) in -1..1 -> (B, 8 width). Other sizes are averaged or enlarged to the judge's own."""
         if image.shape[-1] != self.size:
             image = F.interpolate(image, (self.size, self.size), mode="area")
         maps: Tensor = self.body(image)
@@ -55,7 +54,7 @@ class Judge(nn.Module):
 def load_judge(path: Path) -> Judge:
     """The attribute judge, frozen, in eval mode. Raises FileNotFoundError and ValueError as ``files.load`` does."""
     config, state = load(path, "judge")
-    judge = Judge(config["attributes"])
+    judge = Judge(config["attributes"], config.get("width", 24), config.get("size", 32))
     fill(judge, state, path)
     return judge.requires_grad_(False).eval()
 

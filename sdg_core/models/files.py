@@ -33,7 +33,8 @@ def load_tiny_autoencoder(path: Path) -> TinyAutoencoder:
     """An autoencoder of our own kind of file, frozen, in eval mode, float32."""
     config, state = load(path, "autoencoder")
     encoder, decoder = (tuple(config[f"{half}_blocks"]) for half in ("encoder", "decoder"))
-    model = TinyAutoencoder(config["width"], encoder, decoder, config["channels"])
+    patch, decoder_width = config.get("patch", 1), config.get("decoder_width")
+    model = TinyAutoencoder(config["width"], encoder, decoder, config["channels"], patch, decoder_width)
     fill(model, state, path)
     return model.requires_grad_(False).eval()
 
@@ -55,9 +56,10 @@ def latent_encoder(
     ``encoder`` takes pictures in 0..1, and follows them in device and precision.
     """
     halvings = sum(isinstance(layer, nn.Conv2d) and layer.stride == (2, 2) for layer in encoder.children())
+    patch = next((layer.downscale_factor for layer in encoder.children() if isinstance(layer, nn.PixelUnshuffle)), 1)
 
     def encode(picture: Tensor) -> Tensor:
         latents: Tensor = encoder.to(picture)((picture + 1) / 2)
         return (latents - shift) * scale
 
-    return encode, 2**halvings
+    return encode, patch * 2**halvings

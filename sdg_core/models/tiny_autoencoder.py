@@ -5,7 +5,7 @@ The decoder gives pictures in 0..1, the encoder takes them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,36 +37,70 @@ class Block(nn.Module):
         return F.relu(self.conv(x) + self.skip(x))
 
 
-def tiny_encoder(width: int, blocks: tuple[int, ...], latent_channels: int) -> nn.Sequential:
-    """TAESD's encoder layout: ``blocks`` counts residual blocks by size, from full size on. TAESD: (1, 3, 3, 3)."""
-    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1)]
+def tiny_encoder(
+    width: int | Sequence[int], blocks: tuple[int, ...], latent_channels: int, patch: int = 1
+) -> nn.Sequential:
+    """TAESD's encoder layout: ``blocks`` counts residual blocks by size, from full size on. TAESD: (1, 3, 3, 3).
+
+    ``width`` is one number of channels, or one for each size. ``patch`` p first folds p x p pixels into one.
+    """
+    widths = _widths(width, len(blocks))
+    layers: list[nn.Module] = [nn.PixelUnshuffle(patch)] if patch > 1 else []
+    layers.append(nn.Conv2d(3 * patch**2, widths[0], 3, padding=1))
     for level, count in enumerate(blocks):
         if level:
-            layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False))
-        layers += [Block(width, width) for _ in range(count)]
-    return nn.Sequential(*layers, nn.Conv2d(width, latent_channels, 3, padding=1))
+            layers.append(nn.Conv2d(widths[level - 1], widths[level], 3, stride=2, padding=1, bias=False))
+        layers += [Block(widths[level], widths[level]) for _ in range(count)]
+    return nn.Sequential(*layers, nn.Conv2d(widths[-1], latent_channels, 3, padding=1))
 
 
-def tiny_decoder(width: int, blocks: tuple[int, ...], latent_channels: int) -> nn.Sequential:
-    """TAESD's decoder layout: ``blocks`` by size, up to full size. TAESD: (3, 3, 3, 1)."""
-    layers: list[nn.Module] = [Clamp(), nn.Conv2d(latent_channels, width, 3, padding=1), nn.ReLU()]
+def tiny_decoder(
+    width: int | Sequence[int], blocks: tuple[int, ...], latent_channels: int, patch: int = 1
+) -> nn.Sequential:
+    """TAESD's decoder layout: ``blocks`` by size, up to full size. TAESD: (3, 3, 3, 1).
+
+    ``width`` is one number of channels, or one for each size. ``patch`` p at last unfolds one pixel into p x p.
+    """
+    widths = _widths(width, len(blocks))
+    layers: list[nn.Module] = [Clamp(), nn.Conv2d(latent_channels, widths[0], 3, padding=1), nn.ReLU()]
     for level, count in enumerate(blocks):
         if level:
-            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1, bias=False)]
-        layers += [Block(width, width) for _ in range(count)]
-    return nn.Sequential(*layers, nn.Conv2d(width, 3, 3, padding=1))
+            wide, narrow = widths[level - 1], widths[level]
+            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(wide, narrow, 3, padding=1, bias=False)]
+        layers += [Block(widths[level], widths[level]) for _ in range(count)]
+    layers.append(nn.Conv2d(widths[-1], 3 * patch**2, 3, padding=1))
+    return nn.Sequential(*layers, *([nn.PixelShuffle(patch)] if patch > 1 else []))
+
+
+def _widths(width: int | Sequence[int], levels: int) -> Sequence[int]:
+    """One width for each size."""
+    widths = [width] * levels if isinstance(width, int) else width
+    if len(widths) != levels:
+        raise ValueError(f"There are {levels} sizes of blocks and {len(widths)} widths. Give one width for each size.")
+    return widths
 
 
 class TinyAutoencoder(nn.Module):
-    """Both halves: ``encoder`` from pictures in 0..1 (B, 3, H, W) to latents (B, C, h, w), ``decoder`` back."""
+    """Both halves: ``encoder`` from pictures in 0..1 (B, 3, H, W) to latents (B, C, h, w), ``decoder`` back.
+
+    Widths, blocks and ``patch`` are those of ``tiny_encoder`` and ``tiny_decoder``.
+    """
 
     def __init__(
-        self, width: int, encoder_blocks: tuple[int, ...], decoder_blocks: tuple[int, ...], channels: int
+        self,
+        width: int | Sequence[int],
+        encoder_blocks: tuple[int, ...],
+        decoder_blocks: tuple[int, ...],
+        channels: int,
+        patch: int = 1,
+        decoder_width: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.width, self.latent_channels, self.downscale = width, channels, 2 ** (len(encoder_blocks) - 1)
-        self.encoder = tiny_encoder(width, encoder_blocks, channels)
-        self.decoder = tiny_decoder(width, decoder_blocks, channels)
+        own = width if decoder_width is None else decoder_width
+        self.width = max(*_widths(width, len(encoder_blocks)), *_widths(own, len(decoder_blocks)))
+        self.latent_channels, self.downscale = channels, patch * 2 ** (len(encoder_blocks) - 1)
+        self.encoder = tiny_encoder(width, encoder_blocks, channels, patch)
+        self.decoder = tiny_decoder(own, decoder_blocks, channels, patch)
 
 
 def encoder_from_state(state: Mapping[str, Tensor]) -> nn.Sequential:

@@ -146,6 +146,30 @@ def test_an_autoencoder_survives_its_file(tmp_path, draw):
     assert not any(p.requires_grad for p in again.parameters())
 
 
+def test_widths_by_size_and_a_patch_survive_the_file(tmp_path, draw):
+    """Pictures folded first: their layers see a quarter of the pixels, latents are as small as the blocks say."""
+    options = {"width": [4, 8], "encoder_blocks": [1, 1], "decoder_blocks": [1, 1], "channels": 4}
+    options |= {"patch": 2, "decoder_width": [8, 4]}
+    model, path = TinyAutoencoder(**options), tmp_path / "autoencoder.safetensors"
+    model.load_state_dict(random_state(model))
+    save(path, "autoencoder", options, model.state_dict(), half=False)
+    again, picture = load_tiny_autoencoder(path), draw(1, 3, 16, 24)
+    encode, downscale = latent_encoder(again.encoder)
+    latent = model.encoder(picture)
+    assert (again.downscale, downscale, again.width, again.latent_channels) == (4, 4, 8, 4)
+    assert latent.shape == (1, 4, 4, 6) and again.decoder(latent).shape == picture.shape
+    torch.testing.assert_close(encode(picture * 2 - 1), latent)
+    assert torch.equal(again.decoder(latent), model.decoder(latent))
+    folded = F.pixel_unshuffle(picture, 2)
+    torch.testing.assert_close(model.encoder[1:](folded), latent)
+    torch.testing.assert_close(F.pixel_shuffle(model.decoder[:-1](latent), 2), model.decoder(latent))
+
+
+def test_every_size_wants_its_width():
+    with pytest.raises(ValueError, match="2 sizes of blocks and 3 widths"):
+        tiny_encoder((4, 8, 8), (1, 1), 4)
+
+
 def wrong_files() -> dict[str, dict[str, Tensor]]:
     good = random_state(tiny_encoder(8, (1, 3, 3, 3), 4))
     video = {k: v[:, :, None].repeat(1, 1, 3, 1, 1) if v.ndim == 4 else v for k, v in good.items()}
