@@ -1,5 +1,6 @@
 // Draws avatars whose every attribute is chosen here, so that labels and captions are exact.
-// usage: node avatars.mjs SALT START COUNT   -> one JSON line {label..., svg} per avatar on stdout
+// usage: node avatars.mjs SALT START COUNT HATS   -> one JSON line {label..., svg} per avatar on stdout;
+// HATS is how many of the drawings that can wear a hat wear one (0..1)
 import { createHash } from "node:crypto";
 import { createAvatar } from "@dicebear/core";
 import * as styles from "@dicebear/collection";
@@ -85,13 +86,13 @@ const STYLES = {
     w.hat ? { ...w, hair: null, length: null } : w]],
 };
 
-function avatar(key) {
+function avatar(key, hats) {
   const d = dice(key);
   const style = d.pick(Object.keys(STYLES));
   const wish = {
     background: d.pick(Object.keys(BACKGROUNDS)), hair: d.pick(Object.keys(HAIRS)), skin: d.pick(SKINS),
     length: d.pick(["short", "long"]), expression: d.pick(["happy", "sad"]),
-    glasses: d.chance(0.4), beard: d.chance(0.3), hat: d.chance(0.35),
+    glasses: d.chance(0.4), beard: d.chance(0.3), hat: d.chance(hats),
   };
   const [library, options] = STYLES[style];
   const [chosen, shown] = options(wish, d);
@@ -102,5 +103,5 @@ function avatar(key) {
            glasses: shown.glasses, beard: shown.beard, hat: shown.hat, svg };
 }
 
-const [salt, start, count] = [process.argv[2], Number(process.argv[3]), Number(process.argv[4])];
-for (let i = start; i < start + count; i++) process.stdout.write(JSON.stringify(avatar(`${salt}-${i}`)) + "\n");
+const [salt, start, count, hats] = [process.argv[2], ...process.argv.slice(3).map(Number)];
+for (let i = start; i < start + count; i++) process.stdout.write(JSON.stringify(avatar(`${salt}-${i}`, hats)) + "\n");

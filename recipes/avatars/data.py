@@ -42,19 +42,26 @@ STYLE_WORDS = {
 }
 
 
-def draw(job: tuple[str, int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Avatars start .. start + count of a split: images (N, size, size, 3) uint8, labels (N, 8) int8, -1 unknown."""
-    salt, start, count, size = job
+HATS = 0.35
+
+
+def draw(job: tuple[str, int, int, int, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Avatars start .. start + count of a split: images (N, size, size, 3) uint8, labels (N, 8) int8, -1 unknown.
+
+    The last of ``job`` is the share of hats on the drawings that can wear one.
+    """
+    salt, start, count, size, hats = job
     import resvg_py
 
-    command = ["node", "avatars.mjs", salt, str(start), str(count)]
+    command = ["node", "avatars.mjs", salt, str(start), str(count), str(hats)]
     lines = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.splitlines()
     images = np.empty((count, size, size, 3), np.uint8)
     labels = np.full((count, len(LABELS)), -1, np.int8)
     for i, line in enumerate(lines):
         row = json.loads(line)
         png = bytes(resvg_py.svg_to_bytes(svg_string=row["svg"], width=128, height=128))
-        images[i] = np.asarray(Image.open(io.BytesIO(png)).convert("RGB").resize((size, size), Image.Resampling.BOX))
+        picture = Image.open(io.BytesIO(png)).convert("RGB")
+        images[i] = np.asarray(picture if size == 128 else picture.resize((size, size), Image.Resampling.BOX))
         for j, (name, values) in enumerate(LABELS.items()):
             if row[name] is not None:
                 labels[i, j] = values.index(row[name])
@@ -66,7 +73,7 @@ def render(out: Path, size: int, processes: int = 2) -> None:
     seen: set[bytes] = set()
     out.mkdir(parents=True, exist_ok=True)
     for split in ("test", "judge", "train"):
-        jobs = [(f"avatars-{split}", start, 1000, size) for start in range(0, SPLITS[split], 1000)]
+        jobs = [(f"avatars-{split}", start, 1000, size, HATS) for start in range(0, SPLITS[split], 1000)]
         with ProcessPoolExecutor(processes) as pool:
             parts = list(pool.map(draw, jobs))
         images, labels = (np.concatenate(column) for column in zip(*parts, strict=True))

@@ -10,12 +10,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from muon import Muon, split
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One training: ``images`` in total, ``batch`` over all processes, peak learning rate, where it is kept."""
+    """One training: ``images`` in total, ``batch`` over all processes, peak learning rate, where it is kept.
+
+    With ``muon``, its rate, matrices are Muon's and ``lr`` is that of what is left to AdamW; ``vectors`` are names of
+    matrices that are left to AdamW too. ``decay``: the last part of the run, in which rates fall to zero.
+    """
 
     out: Path
     images: int
@@ -26,6 +31,9 @@ class Plan:
     ema: float = 0.999
     processes: int = 1
     rank: int = 0
+    muon: float = 0.0
+    vectors: tuple[str, ...] = ()
+    decay: float = 0.35
 
     @property
     def steps(self) -> int:
@@ -37,10 +45,35 @@ class Plan:
         return self.batch // self.processes
 
 
-def learning_rate(step: int, plan: Plan, warmup: int = 200, decay: float = 0.35) -> float:
-    """Warm-up, constant, then linear to zero over the last ``decay`` of the run."""
-    left = (plan.steps - step) / (decay * plan.steps)
-    return plan.lr * min(1.0, (step + 1) / warmup, max(left, 0.0))
+def learning_rate(step: int, plan: Plan, warmup: int = 200) -> float:
+    """Part of the peak rate: warm-up, constant, then linear to zero over the last part of the run."""
+    left = (plan.steps - step) / (plan.decay * plan.steps)
+    return min(1.0, (step + 1) / warmup, max(left, 0.0))
+
+
+class Optimizers:
+    """AdamW, or Muon for matrices and AdamW for the rest."""
+
+    def __init__(self, plan: Plan, model: nn.Module) -> None:
+        matrices, rest = split(model, plan.vectors) if plan.muon else ([], [*model.parameters()])
+        rest = [p for p in rest if p.requires_grad]
+        adam = torch.optim.AdamW(rest, lr=plan.lr, betas=(0.9, 0.99), weight_decay=plan.weight_decay)
+        self.each: list[torch.optim.Optimizer] = [adam, *([Muon(matrices, plan.muon)] if matrices else [])]
+        self.peaks = [plan.lr, plan.muon]
+
+    def step(self, part: float) -> None:
+        """One step at ``part`` of the peak rates."""
+        for optimizer, peak in zip(self.each, self.peaks, strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * part
+            optimizer.step()
+
+    def state_dict(self) -> list[dict[str, object]]:
+        return [optimizer.state_dict() for optimizer in self.each]
+
+    def load_state_dict(self, states: list[dict[str, object]]) -> None:
+        for optimizer, state in zip(self.each, states, strict=True):
+            optimizer.load_state_dict(state)
 
 
 def train(
@@ -52,21 +85,19 @@ def train(
     step and rank, so that a resumed run draws what an uninterrupted one draws. Gradients are averaged over processes.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=plan.lr, betas=(0.9, 0.99), weight_decay=plan.weight_decay)
+    optimizers = Optimizers(plan, model)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    first = _resume(plan, model, optimizer, average)
+    first = _resume(plan, model, optimizers, average)
     started, told, log = time.time(), time.time(), 0.0
     for step in range(first, plan.steps):
         generator = torch.Generator().manual_seed((plan.seed * 1_000_003 + step) * 64 + plan.rank)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, plan)
         value, text = loss(step, generator)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         value.backward()
         if plan.processes > 1:
             _average_gradients(parameters, plan.processes)
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        optimizers.step(learning_rate(step, plan))
         _follow(average, model, min(plan.ema, (1 + step) / (10 + step)))
         log = value.item() if step == first else 0.98 * log + 0.02 * value.item()
         if plan.rank == 0 and (time.time() - told > 60 or step == plan.steps - 1):
@@ -77,7 +108,7 @@ def train(
                 f"step {step + 1}/{plan.steps} loss {log:.4f} {text} {speed:.0f} images/s {left:.0f} min left",
                 flush=True,
             )
-            _save(plan, step + 1, model, optimizer, average)
+            _save(plan, step + 1, model, optimizers, average)
     return average
 
 
@@ -100,20 +131,20 @@ def _average_gradients(parameters: list[nn.Parameter], processes: int) -> None:
 
 
 def _save(
-    plan: Plan, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]
+    plan: Plan, step: int, model: nn.Module, optimizers: Optimizers, average: dict[str, Tensor]
 ) -> None:
     plan.out.parent.mkdir(parents=True, exist_ok=True)
     part = plan.out.with_suffix(".part")
-    torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": average}, part)
+    torch.save({"step": step, "model": model.state_dict(), "optimizers": optimizers.state_dict(), "ema": average}, part)
     os.replace(part, plan.out)
 
 
-def _resume(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> int:
+def _resume(plan: Plan, model: nn.Module, optimizers: Optimizers, average: dict[str, Tensor]) -> int:
     if not plan.out.exists():
         return 0
     kept = torch.load(plan.out, weights_only=True)
     model.load_state_dict(kept["model"])
-    optimizer.load_state_dict(kept["optimizer"])
+    optimizers.load_state_dict(kept["optimizers"])
     for k, v in kept["ema"].items():
         average[k].copy_(v)
     return kept["step"]

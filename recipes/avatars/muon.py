@@ -1,0 +1,56 @@
+"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): steps whose singular values are all one.
+
+Convolutions are matrices of output channels x everything else. Written out because torch.optim.Muon takes only 2-D
+weights and works in bfloat16, which these CPUs emulate. Everything that is no matrix is AdamW's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonal(g: Tensor, iterations: int = 5) -> Tensor:
+    """The nearest half-orthogonal matrix to ``g`` (M, N), roughly: Newton-Schulz in float32."""
+    wide = g if g.shape[0] <= g.shape[1] else g.T
+    x, (a, b, c) = wide / (wide.norm() + 1e-7), QUINTIC
+    for _ in range(iterations):
+        xx = x @ x.T
+        x = torch.addmm(x, torch.addmm(xx, xx, xx, beta=b, alpha=c), x, beta=a)
+    return x if wide is g else x.T
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised. A step of rate ``lr`` changes each matrix by lr * sqrt(max(1, M / N))."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].mul_(group["momentum"]).add_(p.grad)
+                g = p.grad.add(state["momentum"], alpha=group["momentum"]).flatten(1)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(orthogonal(g).view_as(p), alpha=-group["lr"] * max(1.0, g.shape[0] / g.shape[1]) ** 0.5)
+
+
+def split(model: nn.Module, keep: Iterable[str] = ()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trained parameters that are matrices of a hidden layer, and the others: vectors, and names that hold one of
+    ``keep`` (embeddings, the last layer)."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrix = [p.ndim >= 2 and not any(word in name for word in keep) for name, p in named]
+    return (
+        [p for (_, p), m in zip(named, matrix, strict=True) if m],
+        [p for (_, p), m in zip(named, matrix, strict=True) if not m],
+    )

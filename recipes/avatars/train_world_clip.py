@@ -1,0 +1,88 @@
+"""The small CLIP of the 128 px world: renders at 64 px, captions in several words for every attribute.
+
+`python train_world_clip.py --data DIR --out DIR` trains (or resumes) and prints zero-shot accuracies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from data import LABELS
+from loop import Plan, spawn, train
+from open_clip.model import CLIP
+from torch import Tensor
+from train_clip import build, prepare, shifted, token_table, tokenizer
+from train_world_judge import in_memory
+from world_data import caption, load, phrases
+
+VECTORS = ("embedding", "positional", "logit_scale")  # names of matrices that are not Muon's
+
+
+def vocabulary(labels: np.ndarray) -> Tensor:
+    """Ids of all tokens that the captions use, ascending (so that the end token stays the largest)."""
+    rng = random.Random(0)
+    return torch.unique(tokenizer()([caption(row, rng) for row in labels[:40_000]]))
+
+
+class Loss:
+    """Symmetric InfoNCE between pictures and random captions of them (open_clip's ClipLoss)."""
+
+    def __init__(self, model: CLIP, images: Tensor, labels: np.ndarray, batch: int) -> None:
+        self.model, self.images, self.labels, self.batch = model, images, labels, batch
+        self.tokenizer, self.table = tokenizer(), token_table(vocabulary(labels))
+        self.loss = open_clip.ClipLoss()
+
+    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, str]:
+        index = torch.randint(len(self.images), (self.batch,), generator=generator)
+        images = shifted(self.images[index].float() / 127.5 - 1, generator, reach=4)
+        rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
+        tokens = self.table[self.tokenizer([caption(self.labels[i], rng) for i in index.tolist()])]
+        image, text, scale = self.model(prepare(images), tokens)
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=4.6052)
+        return self.loss(image, text, scale), f"scale {scale.item():.1f}"
+
+
+@torch.no_grad()
+def zero_shot(model: CLIP, images: Tensor, labels: np.ndarray, table: Tensor) -> dict[str, list[float]]:
+    """Accuracy per attribute on renders that show it, each value named by the first, second, last of its phrases."""
+    model.eval()
+    features = torch.cat(
+        [model.encode_image(prepare(b.float() / 127.5 - 1), normalize=True) for b in images.split(500)]
+    )
+    result: dict[str, list[float]] = {}
+    for column, (name, values) in enumerate(LABELS.items()):
+        truth = torch.from_numpy(labels[:, column]).long()
+        for choice in (0, 1, -1):
+            said = [phrases(name, v)[choice] for v in values]
+            text = model.encode_text(table[tokenizer()(said if name == "style" else [f"a person with {s}" for s in said])])
+            guess = (features @ torch.nn.functional.normalize(text, dim=-1).T).argmax(1)
+            result.setdefault(name, []).append(round(float((guess == truth)[truth >= 0].float().mean()), 3))
+    return result
+
+
+def job(rank: int, processes: int, data: Path, out: Path, images: int) -> None:
+    plan = Plan(
+        out / "world_clip.pt", images, batch=128, lr=1e-3, seed=12, weight_decay=0.05, muon=0.02, vectors=VECTORS
+    )
+    torch.manual_seed(plan.seed)
+    pictures, labels = load(data, "train", 64)
+    used = vocabulary(labels)
+    model = build(len(used))
+    model.load_state_dict(train(plan, model, Loss(model, in_memory(pictures), labels, plan.share)))
+    held_out, truth = load(data, "test", 64)
+    print(zero_shot(model, in_memory(held_out), truth, token_table(used)), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=256_000)
+    args = parser.parse_args()
+    spawn(lambda rank, n: job(rank, n, args.data, args.out, args.images), 1)
