@@ -130,9 +130,7 @@ def _average_gradients(parameters: list[nn.Parameter], processes: int) -> None:
         g.copy_(part.view_as(g))
 
 
-def _save(
-    plan: Plan, step: int, model: nn.Module, optimizers: Optimizers, average: dict[str, Tensor]
-) -> None:
+def _save(plan: Plan, step: int, model: nn.Module, optimizers: Optimizers, average: dict[str, Tensor]) -> None:
     plan.out.parent.mkdir(parents=True, exist_ok=True)
     part = plan.out.with_suffix(".part")
     torch.save({"step": step, "model": model.state_dict(), "optimizers": optimizers.state_dict(), "ema": average}, part)

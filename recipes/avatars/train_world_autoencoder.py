@@ -140,7 +140,7 @@ def laplacian(x: Tensor) -> Tensor:
 
 def fit_factors(latents: dict[str, np.ndarray], data: Path) -> tuple[Tensor, Tensor, float]:
     """Least squares from latents to the picture averaged to latent size: factors (3, C), bias (3,), held-out R^2."""
-    rows = {split: 6_000 for split in latents}
+    rows = dict.fromkeys(latents, 6_000)
 
     def pair(split: str) -> tuple[Tensor, Tensor]:
         z = torch.from_numpy(latents[split][: rows[split]].astype(np.float32)).movedim(1, -1).reshape(-1, CHANNELS)

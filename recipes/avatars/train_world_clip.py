@@ -59,8 +59,9 @@ def zero_shot(model: CLIP, images: Tensor, labels: np.ndarray, table: Tensor) ->
     for column, (name, values) in enumerate(LABELS.items()):
         truth = torch.from_numpy(labels[:, column]).long()
         for choice in (0, 1, -1):
-            said = [phrases(name, v)[choice] for v in values]
-            text = model.encode_text(table[tokenizer()(said if name == "style" else [f"a person with {s}" for s in said])])
+            words = [phrases(name, v)[choice] for v in values]
+            said = words if name == "style" else [f"a person with {word}" for word in words]
+            text = model.encode_text(table[tokenizer()(said)])
             guess = (features @ torch.nn.functional.normalize(text, dim=-1).T).argmax(1)
             result.setdefault(name, []).append(round(float((guess == truth)[truth >= 0].float().mean()), 3))
     return result

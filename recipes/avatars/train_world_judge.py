@@ -27,9 +27,7 @@ CONFIG = {"width": 32, "size": 64}
 
 
 def job(rank: int, processes: int, data: Path, out: Path, images: int) -> None:
-    plan = Plan(
-        out / "world_judge.pt", images, batch=128, lr=1.5e-3, seed=14, ema=0.995, muon=0.02, vectors=("heads",)
-    )
+    plan = Plan(out / "world_judge.pt", images, batch=128, lr=1.5e-3, seed=14, ema=0.995, muon=0.02, vectors=("heads",))
     torch.manual_seed(plan.seed)
     judge = Judge(LABELS, **CONFIG)
     pictures, labels = load(data, "judge", 64)

@@ -157,7 +157,8 @@ def test_widths_by_size_and_a_patch_survive_the_file(tmp_path, draw):
     encode, downscale = latent_encoder(again.encoder)
     latent = model.encoder(picture)
     assert (again.downscale, downscale, again.width, again.latent_channels) == (4, 4, 8, 4)
-    assert latent.shape == (1, 4, 4, 6) and again.decoder(latent).shape == picture.shape
+    assert latent.shape == (1, 4, 4, 6)
+    assert again.decoder(latent).shape == picture.shape
     torch.testing.assert_close(encode(picture * 2 - 1), latent)
     assert torch.equal(again.decoder(latent), model.decoder(latent))
     folded = F.pixel_unshuffle(picture, 2)
