@@ -22,6 +22,7 @@ KINDS = {
     "judge": "an attribute judge",
     "clip": "a CLIP",
     "autoencoder": "an autoencoder",
+    "held_out": "a judge's features of held-out renders",
 }
 
 

@@ -23,7 +23,7 @@ from world_data import load
 
 from sdg_core.avatars import Judge
 
-CONFIG = {"width": 32, "size": 64}
+CONFIG = {"width": 24, "size": 64}
 
 
 def job(rank: int, processes: int, data: Path, out: Path, images: int) -> None:

@@ -6,7 +6,18 @@
 
 from .demo import draw_demo
 from .evaluate import MODEL_SUITES, SUITES, Row, Settings, as_json, evaluate
-from .files import BUNDLED, NAME, bundled_latent_encoder, latent_space, load_bundled_clip, load_renders, save_renders
+from .files import (
+    BUNDLED,
+    NAME,
+    HeldOut,
+    bundled_latent_encoder,
+    latent_space,
+    load_bundled_clip,
+    load_held_out,
+    load_renders,
+    save_held_out,
+    save_renders,
+)
 from .judge import Judge, load_judge
 from .world import (
     CLEAN_INTERVAL,
@@ -38,6 +49,7 @@ __all__ = [
     "RELATIVE_INTERVAL",
     "SAMPLERS",
     "SUITES",
+    "HeldOut",
     "Judge",
     "Pull",
     "Row",
@@ -51,11 +63,13 @@ __all__ = [
     "evaluate",
     "latent_space",
     "load_bundled_clip",
+    "load_held_out",
     "load_judge",
     "load_renders",
     "load_world",
     "open_world",
     "sample",
+    "save_held_out",
     "save_renders",
     "seeded_noise",
 ]

@@ -15,13 +15,24 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from multiprocessing import get_context
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..method import DEFAULT_SCALE, Convention, Kind, Strength, guide
 from . import relative
-from .metrics import gram_distance, histogram_overlap, layout_correlation, nearest, spread
+from .files import bundled_latent_encoder
+from .metrics import (
+    frechet_distance,
+    grain,
+    gram_distance,
+    histogram_overlap,
+    layout_correlation,
+    nearest,
+    psnr,
+    spread,
+)
 from .world import (
     LATENT_MODELS,
     RELATIVE_CAP,
@@ -48,9 +59,12 @@ STYLE_WORDS = {
     "icon": "icon",
 }
 ATTRIBUTES = ("background", "hair", "glasses", "hat", "style")
+SMALL = ("expression", "length")  # attributes of few pixels: scored beside the others, not in their mean
+PHRASES = {"glasses": "glasses", "hat": "a hat", "beard": "a beard", "expression": "a {} face", "length": "{} hair"}
 JUDGE_BAR = 0.9  # an attribute is scored only where the judge is right this often on held-out renders
 REFERENCES = 64
 LATENT_REFERENCES = 16  # fewer and larger batches
+BANK = 4_096  # held-out renders that say what is real
 BLOCK_SEEDS = 100_000  # seeds of a block
 CHUNK = 16  # pictures sampled together
 
@@ -101,9 +115,8 @@ class Settings:
 
 def prompt(wish: Mapping[str, object]) -> str:
     """The shortest prompt for some attributes: {"hair": "pink", "hat": True} -> "a person with pink hair and a hat"."""
-    things = {"glasses": "glasses", "hat": "a hat", "beard": "a beard"}
     subject = STYLE_WORDS[str(wish["style"])] if "style" in wish else "a person"
-    parts = [things.get(name, f"{value} {name}") for name, value in wish.items() if name != "style"]
+    parts = [PHRASES.get(name, f"{{}} {name}").format(value) for name, value in wish.items() if name != "style"]
     return subject + (" with " + " and ".join(parts) if parts else "")
 
 
@@ -115,11 +128,11 @@ def scored_values(world: World, name: str) -> list[int]:
 
 def judge_accuracy(world: World) -> dict[str, float]:
     """Share of held-out renders showing an attribute where the judge is right."""
-    verdict = world.judge.verdict(world.renders)
-    result = {}
+    seen, result = world.held_out, {}
     for column, name in enumerate(world.judge.attributes):
-        truth = world.labels[:, column]
-        result[name] = float((verdict[name] == truth)[truth >= 0].float().mean())
+        truth = seen.labels[:, column]
+        guess = world.judge.heads[name](seen.features).argmax(dim=1)
+        result[name] = float((guess == truth)[truth >= 0].float().mean())
     return result
 
 
@@ -207,18 +220,22 @@ def one_attribute(world: World, settings: Settings) -> list[Suite]:
     """`text/<attribute>` where the judge can judge, their mean, and what over-guidance would cost."""
     fit = judge_accuracy(world)
     names = [name for name in ATTRIBUTES if fit[name] >= JUDGE_BAR]
+    small = [name for name in SMALL if settings.world.route and fit[name] >= JUDGE_BAR]
     found: dict[str, tuple[Row, list[tuple[float, float]], float]] = {}
 
     def collect(name: str) -> TextRows:
         def rows(hit: Tensor, twin_hit: Tensor, images: Tensor, twins: Tensor, jobs: list[Job]) -> list[Row]:
-            row = Row(f"text/{name}", len(hit), float(hit.mean()), float(twin_hit.mean()), 0.9)
-            found[name] = (row, spreads(world, images, twins, jobs), farther(world, images, twins))
+            row = Row(
+                f"text/{name}", len(hit), float(hit.mean()), float(twin_hit.mean()), 0.75 if name in small else 0.9
+            )
+            if name in names:
+                found[name] = (row, spreads(world, images, twins, jobs), farther(world, images, twins))
             return [row] + (overall(list(found.values())) if name == names[-1] else [])
 
         return rows
 
-    wishes = {name: [{name: v} for v in scored_values(world, name)] for name in names}
-    return [text_suite(world, wishes[name], settings, collect(name)) for name in names]
+    wishes = {name: [{name: v} for v in scored_values(world, name)] for name in small + names}
+    return [text_suite(world, wishes[name], settings, collect(name)) for name in wishes]
 
 
 def overall(found: list[tuple[Row, list[tuple[float, float]], float]]) -> list[Row]:
@@ -235,7 +252,7 @@ def overall(found: list[tuple[Row, list[tuple[float, float]], float]]) -> list[R
 
 def farther(world: World, images: Tensor, twins: Tensor) -> float:
     """Mean distance of the judge's features to the nearest held-out render, over that of the unguided twins."""
-    bank = world.judge.features(world.renders)
+    bank = world.held_out.features[:BANK]
     guided, plain = (float(nearest(world.judge.features(x), bank).mean()) for x in (images, twins))
     return guided / plain
 
@@ -252,29 +269,39 @@ def spreads(world: World, images: Tensor, twins: Tensor, jobs: list[Job]) -> lis
 
 
 def two_attributes(world: World, settings: Settings) -> list[Suite]:
-    """`text/two attributes`: 32 joined prompts, drawn by the block, from all pairs of different attributes."""
+    return joined(world, settings, "two", 0.75)
+
+
+def three_attributes(world: World, settings: Settings) -> list[Suite]:
+    return joined(world, settings, "three", 0.7)
+
+
+def joined(world: World, settings: Settings, count: Literal["two", "three"], bar: float) -> list[Suite]:
+    """`text/<count> attributes`: 32 joined prompts, drawn by the block, from all sets of different attributes that some
+    held-out render shows."""
     names = [name for name in ATTRIBUTES if judge_accuracy(world)[name] >= JUDGE_BAR]
+    sets = itertools.combinations(names, {"two": 2, "three": 3}[count])
     wishes = [
-        {a: v, b: w}
-        for a, b in itertools.combinations(names, 2)
-        for v in scored_values(world, a)
-        for w in scored_values(world, b)
-        if possible(world, {a: v, b: w})
+        dict(zip(chosen, values, strict=True))
+        for chosen in sets
+        for values in itertools.product(*(scored_values(world, name) for name in chosen))
     ]
+    wishes = [wish for wish in wishes if possible(world, wish)]
     order = torch.randperm(len(wishes), generator=torch.Generator().manual_seed(settings.block))[:32]
 
     def rows(hit: Tensor, twin_hit: Tensor, *_: object) -> list[Row]:
-        return [Row("text/two attributes", len(hit), float(hit.mean()), float(twin_hit.mean()), 0.75)]
+        return [Row(f"text/{count} attributes", len(hit), float(hit.mean()), float(twin_hit.mean()), bar)]
 
     return [text_suite(world, [wishes[i] for i in order.tolist()], settings, rows)]
 
 
 def possible(world: World, wish: dict[str, int]) -> bool:
-    """Whether any held-out render shows the pair: a blob has no hair and a toon no glasses."""
+    """Whether any held-out render shows all of it: a blob has no hair and a toon no glasses."""
     columns = {name: i for i, name in enumerate(world.judge.attributes)}
-    found = torch.ones(len(world.labels), dtype=torch.bool)
+    labels = world.held_out.labels
+    found = torch.ones(len(labels), dtype=torch.bool)
     for name, value in wish.items():
-        found &= world.labels[:, columns[name]] == value
+        found &= labels[:, columns[name]] == value
     return bool(found.any())
 
 
@@ -393,22 +420,28 @@ def suite_rows(
 
 
 def latent_rows(pool: Executor, settings: Settings, progress: Progress) -> list[Row]:
-    """`<eps|v|flow>/<route>/<text|content|style|structure>`: every latent model through every route."""
+    """`<eps|v|flow>/<route>/<text|content|style|structure>`: the latent model's three faces through every route.
+
+    And of the noisy encoder the rows of ``DETAILS``: `<eps|v|flow>/noisy linear/<name>`.
+    """
     result: list[Row] = []
     unguided: dict[str, dict[tuple[int, ...], Tensor]] = {}  # by model: they do not depend on the route
     for model, route in itertools.product(LATENT_MODELS, ROUTES):
-        kinds = [kind for kind in LATENT_SUITES if fnmatch(f"{model}/{route}/{kind}", settings.only)]
-        if not kinds:
+        suites = LATENT_SUITES | (DETAILS if route == "noisy linear" else {})
+        chosen = [name for name in suites if fnmatch(f"{model}/{route}/{name}", settings.only)]
+        if not chosen:
             continue
-        world = replace(settings.world, model=model, route=route)
-        here = replace(settings, references=LATENT_REFERENCES, world=world)
+        here = replace(settings, world=replace(settings.world, model=model, route=route))
+        fewer = replace(here, references=LATENT_REFERENCES)
         cost = step_cost(_worker_world(here.world))
-        for kind in kinds:
-            name = f"{model}/{route}/{kind}"
-            twins = unguided.setdefault(model, {})
-            rows = suite_rows(pool, LATENT_SUITES[kind], here, functools.partial(progress, name), twins)
-            bar = 0.8 if kind == "text" and route == "noisy linear" else None
-            result += [replace(row, name=name, bar=bar, cost_ms=cost[kind]) for row in rows]
+        for name in chosen:
+            twins = unguided.setdefault(model, {}) if name in LATENT_SUITES else {}
+            step = functools.partial(progress, f"{model}/{route}/{name}")
+            rows = suite_rows(pool, suites[name], fewer if name in LATENT_SUITES else here, step, twins)
+            for row in rows:
+                bar = LATENT_BARS.get(row.name, 0.92 if row.name.startswith("text/") else None)
+                bar = bar if route == "noisy linear" else None
+                result.append(replace(row, name=f"{model}/{route}/{row.name}", bar=bar, cost_ms=cost.get(row.name)))
     return result
 
 
@@ -476,7 +509,33 @@ KIND_SUITES: dict[Kind, SuiteMaker] = {
     "structure": structure,
     "style": style,
 }
-LATENT_SUITES = {kind: only_rows(make, kind) for kind, make in KIND_SUITES.items()}
+LATENT_SUITES: dict[str, SuiteMaker] = {kind: only_rows(make, kind) for kind, make in KIND_SUITES.items()}
+DETAILS: dict[str, SuiteMaker] = {
+    "attributes": one_attribute,
+    "two attributes": two_attributes,
+    "three attributes": three_attributes,
+    "references": lambda world, settings: (
+        content(world, settings) + structure(world, settings) + style(world, settings)
+    ),
+}
+"""What is measured of the noisy encoder besides, with more references."""
+LATENT_BARS = {
+    "text": 0.8,
+    "text/one attribute": 0.95,
+    "text/two attributes": 0.85,
+    "text/three attributes": 0.7,
+    "text/expression": 0.75,
+    "text/length": 0.75,
+    "diversity": 0.8,
+    "diversity/nearest render": 1.08,
+    "content": 0.95,
+    "content/hair": 0.9,
+    "structure": 0.9,
+    "style": 0.25,
+    "style/drawing style": 0.75,
+    "style/layout": 0.35,
+}
+"""What the noisy encoder should reach; distances and the style's layout at most that."""
 RELATIVE_SUITES = {kind: only_rows(make, kind, f"{kind}/nearest render") for kind, make in KIND_SUITES.items()}
 """The row that a kind is about, and, under relative strength, the one that shows over-guidance."""
 
@@ -557,7 +616,67 @@ def _with_twins(
     return torch.cat(made[: len(jobs)]), torch.cat([twins[job.seeds] for job in jobs])
 
 
+# --- the models by themselves --------------------------------------------------------------------------------------
+
+
+def model_rows(pool: Executor, settings: Settings, progress: Progress) -> list[Row]:
+    """The latent world's model without guidance, the autoencoder, and the pixel world's model beside them.
+
+    `model/grain` and `model/pixels/grain` (their unguided column: of renders); `model/one step` (RMS of what one step
+    at sigma .1 leaves wrong in a render, -1..1); `model/nearest render` (over that of other held-out renders);
+    `model/frechet` and `model/pixels/frechet` (over settings.samples pictures, in the latent world's judge);
+    `autoencoder/psnr` (dB) and `autoencoder/grain` of held-out renders.
+    """
+    latent = replace(settings, world=replace(settings.world, model="v", route="noisy linear"))
+    pixels = replace(settings, world=WorldName(settings.world.folder))
+    world, small = open_world(latent.world), open_world(pixels.world)
+    seen, n = world.held_out.features, settings.samples
+    drawn = {
+        name: torch.cat(pictures(pool, spread_over([()], here), here, functools.partial(progress, name))).clamp(-1, 1)
+        for name, here in (("model", latent), ("model/pixels", pixels))
+    }
+    found = {name: _features(world, images) for name, images in drawn.items()}
+    other = float(nearest(seen[BANK:], seen[:BANK]).mean())
+    near = float(nearest(found["model"], seen[:BANK]).mean()) / other
+    frechet = {name: frechet_distance(features, seen[:BANK]) for name, features in found.items()}
+    plain = frechet_distance(seen[BANK:], seen[:BANK])
+    again = world.decode(_latents(world))
+    grains = {name: float(grain(images).mean()) for name, images in drawn.items()}
+    flat, small_flat = (float(grain(w.renders).mean()) for w in (world, small))
+    return [
+        Row("model/grain", n, grains["model"], flat, 0.01),
+        Row("model/pixels/grain", n, grains["model/pixels"], small_flat, 0.02),
+        Row("model/one step", len(world.renders), one_step_error(world, 0.1), 0.0, 0.02),
+        Row("model/nearest render", n, near, 1.0, 1.1),
+        Row("model/frechet", n, frechet["model"], plain, frechet["model/pixels"] / 3),
+        Row("model/pixels/frechet", n, frechet["model/pixels"], plain, None),
+        Row("autoencoder/psnr", len(again), float(psnr(again, world.renders).mean()), 0.0, 32.0),
+        Row("autoencoder/grain", len(again), float(grain(again).mean()), flat, None),
+    ]
+
+
+def _features(world: World, images: Tensor) -> Tensor:
+    return torch.cat([world.judge.features(part) for part in images.split(64)])
+
+
+def _latents(world: World) -> Tensor:
+    """The renders as the latent model's own latents."""
+    encode, _ = bundled_latent_encoder()
+    return torch.cat([encode(part) for part in world.renders.split(16)])
+
+
+def one_step_error(world: World, sigma: float) -> float:
+    """RMS between a render's latent, seen as a picture, and what one step makes of it with noise of sigma."""
+    z = _latents(world)
+    eps = seeded_noise(range(len(z)), z.shape[-1], z.shape[1])
+    noisy, level = (z + sigma * eps).split(16), torch.full((16,), sigma)
+    denoised = torch.cat([world.denoiser(x, level[: len(x)]) for x in noisy])
+    errors = [world.decode(a) - world.decode(b) for a, b in zip(denoised.split(16), z.split(16), strict=True)]
+    return float(torch.cat(errors).square().mean().sqrt())
+
+
 MODEL_SUITES: dict[str, Callable[[Executor, Settings, Progress], list[Row]]] = {
+    "model": model_rows,
     "latent": latent_rows,
     "relative": relative_rows,
 }

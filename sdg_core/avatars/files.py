@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
 from ..encoders import CleanCLIP, load_clip
+from ..files import load, save
 from ..method import LatentFormat
 from ..models import latent_encoder, load_tiny_autoencoder, read_adm
 
@@ -41,6 +43,26 @@ def bundled_latent_encoder(folder: Path = BUNDLED) -> tuple[Callable[[Tensor], T
     """``latent_encoder`` of the bundled autoencoder: its latents are those of the bundled latent models."""
     space, autoencoder = latent_space(folder), load_tiny_autoencoder(folder / "latent" / "autoencoder.safetensors")
     return latent_encoder(autoencoder.encoder, space.scale, space.shift)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Renders that no model was trained on, as a judge sees them: ``features`` (M, D) and ``labels`` (M, A), -1 where
+    a drawing does not show an attribute."""
+
+    features: Tensor
+    labels: Tensor
+
+
+def save_held_out(path: Path, features: Tensor, labels: Tensor) -> None:
+    """A judge's features (M, D) of held-out renders, and their labels (M, A)."""
+    save(path, "held_out", {}, {"features": features, "labels": labels.to(torch.int8)})
+
+
+def load_held_out(path: Path) -> HeldOut:
+    """The file of ``save_held_out``. Raises FileNotFoundError and ValueError as ``files.load`` does."""
+    _, state = load(path, "held_out")
+    return HeldOut(state["features"].float(), state["labels"].long())
 
 
 def save_renders(path: Path, images: NDArray[np.uint8], labels: NDArray[np.int8], columns: int = 64) -> None:

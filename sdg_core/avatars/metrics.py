@@ -32,6 +32,35 @@ def gram_distance(judge: Judge, image: Tensor, reference: Tensor, blocks: int = 
     return torch.stack(distances).mean(dim=0)
 
 
+def grain(image: Tensor) -> Tensor:
+    """Median absolute Laplacian of pictures (B, 3, H, W) in -1..1: (B,). Flat drawings have 0."""
+    inner = image[..., 1:-1, 1:-1]
+    around = image[..., :-2, 1:-1] + image[..., 2:, 1:-1] + image[..., 1:-1, :-2] + image[..., 1:-1, 2:]
+    return (around - 4 * inner).abs().flatten(1).median(dim=1).values
+
+
+def psnr(image: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal to noise of pictures in -1..1 twice, in dB: (B,)."""
+    return -10 * ((image - reference) / 2).square().flatten(1).mean(dim=1).log10()
+
+
+def frechet_distance(features: Tensor, reference: Tensor) -> float:
+    """|m - n|^2 + tr(S + T - 2 (S T)^(1/2)) of two sets' means and covariances: features (N, D) and (M, D).
+
+    Heusel et al. 2017, in a judge's features. The trace of the root is that of (R T R)^(1/2), R = S^(1/2).
+    """
+    (m, s), (n, t) = _moments(features), _moments(reference)
+    values, vectors = torch.linalg.eigh(s)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ t @ root).clamp(min=0).sqrt().sum()
+    return float((m - n).square().sum() + s.trace() + t.trace() - 2 * cross)
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    exact = features.double()
+    return exact.mean(dim=0), exact.T.cov()
+
+
 def spread(features: Tensor) -> float:
     """Mean distance between different samples of a group (N, D)."""
     return float(torch.pdist(features).mean())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +40,7 @@ from ..models import (
     load_tiny_autoencoder,
     paper,
 )
-from .files import BUNDLED, load_bundled_clip, load_renders
+from .files import BUNDLED, HeldOut, load_bundled_clip, load_held_out, load_renders
 from .judge import Judge, load_judge
 
 Sampler = Literal["euler", "euler_ancestral", "paper"]
@@ -91,10 +92,10 @@ class WorldName:
 
 @dataclass(frozen=True)
 class World:
-    """Model, encoder and what measures them. ``renders`` (N, 3, 32, 32) in -1..1, ``labels`` (N, A), -1 unknown.
+    """Model, encoder and what measures them. ``renders`` (N, 3, S, S) in -1..1, ``labels`` (N, A), -1 unknown.
 
     ``decoded`` makes pictures of latents, None where the model draws pictures. ``scales`` and ``intervals`` are the
-    defaults by kind.
+    defaults by kind. ``seen``: what the judge sees in held-out renders; None: it looks at ``renders``.
     """
 
     denoiser: ADMDenoiser
@@ -107,6 +108,12 @@ class World:
     decoded: DecodedView | None = None
     scales: Mapping[Kind, float] = field(default_factory=lambda: DEFAULT_SCALE)
     intervals: Mapping[Kind, tuple[float, float]] = field(default_factory=lambda: DEFAULT_INTERVAL)
+    seen: HeldOut | None = None
+
+    @functools.cached_property
+    def held_out(self) -> HeldOut:
+        """What the judge sees in renders that no model was trained on."""
+        return self.seen or HeldOut(self.judge.features(self.renders), self.labels)
 
     def decode(self, x: Tensor) -> Tensor:
         """The picture (B, 3, S, S) of what the model drew."""
@@ -152,9 +159,9 @@ def open_world(name: WorldName) -> World:
 
 
 def load_latent_world(name: WorldName) -> World:
-    """A latent model with the encoder and view of the name's route; references and judge are the pixel world's."""
+    """The latent model served as eps, v or flow, with the encoder and view of the name's route."""
     latent = name.folder / "latent"
-    denoiser = ADMDenoiser(load_adm(latent / f"{name.model}.safetensors"))
+    denoiser = ADMDenoiser(load_adm(latent / "model.safetensors", name.model))
     autoencoder = load_tiny_autoencoder(latent / "autoencoder.safetensors")
     space = denoiser.unet.config.latent_format
     assert space is not None
@@ -163,12 +170,12 @@ def load_latent_world(name: WorldName) -> World:
     if noisy:
         encoder: CleanCLIP = load_noisy_clip(latent / "noisy_clip.safetensors")
     else:
-        encoder = load_bundled_clip(name.folder / "clip.safetensors")
-    renders, labels = load_renders(name.folder / "renders.png")
+        encoder = load_bundled_clip(latent / "clip.safetensors")
+    renders, labels = load_renders(latent / "renders.png")
     return World(
         denoiser,
         encoder,
-        load_judge(name.folder / "judge.safetensors"),
+        load_judge(latent / "judge.safetensors"),
         renders,
         labels,
         decoded if name.route == "clean decoded" else space.linear_view(),
@@ -176,6 +183,7 @@ def load_latent_world(name: WorldName) -> World:
         decoded,
         NOISY_SCALE if noisy else CLEAN_SCALE,
         NOISY_INTERVAL if noisy else CLEAN_INTERVAL,
+        load_held_out(latent / "held_out.safetensors"),
     )
 
 
