@@ -13,6 +13,8 @@ import torch.distributed as dist
 from muon import Muon, split
 from torch import Tensor, nn
 
+SAVE_SECONDS = 60.0
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -100,7 +102,7 @@ def train(
         optimizers.step(learning_rate(step, plan))
         _follow(average, model, min(plan.ema, (1 + step) / (10 + step)))
         log = value.item() if step == first else 0.98 * log + 0.02 * value.item()
-        if plan.rank == 0 and (time.time() - told > 60 or step == plan.steps - 1):
+        if plan.rank == 0 and (time.time() - told > SAVE_SECONDS or step == plan.steps - 1):
             told = time.time()
             speed = (step + 1 - first) * plan.batch / (told - started)
             left = (plan.steps - step - 1) * plan.batch / speed / 60
