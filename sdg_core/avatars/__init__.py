@@ -6,7 +6,16 @@
 
 from .demo import draw_demo
 from .evaluate import MODEL_SUITES, SUITES, Row, Settings, as_json, evaluate
-from .files import BUNDLED, NAME, bundled_latent_encoder, latent_space, load_bundled_clip, load_renders, save_renders
+from .files import (
+    BUNDLED,
+    NAME,
+    bundled_latent_encoder,
+    latent_model_file,
+    latent_space,
+    load_bundled_clip,
+    load_renders,
+    save_renders,
+)
 from .judge import Judge, load_judge
 from .world import (
     CLEAN_INTERVAL,
@@ -49,6 +58,7 @@ __all__ = [
     "bundled_latent_encoder",
     "draw_demo",
     "evaluate",
+    "latent_model_file",
     "latent_space",
     "load_bundled_clip",
     "load_judge",

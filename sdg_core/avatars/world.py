@@ -39,7 +39,7 @@ from ..models import (
     load_tiny_autoencoder,
     paper,
 )
-from .files import BUNDLED, load_bundled_clip, load_renders
+from .files import BUNDLED, latent_model_file, load_bundled_clip, load_renders
 from .judge import Judge, load_judge
 
 Sampler = Literal["euler", "euler_ancestral", "paper"]
@@ -154,7 +154,7 @@ def open_world(name: WorldName) -> World:
 def load_latent_world(name: WorldName) -> World:
     """A latent model with the encoder and view of the name's route; references and judge are the pixel world's."""
     latent = name.folder / "latent"
-    denoiser = ADMDenoiser(load_adm(latent / f"{name.model}.safetensors"))
+    denoiser = ADMDenoiser(load_adm(*latent_model_file(name.model, name.folder)))
     autoencoder = load_tiny_autoencoder(latent / "autoencoder.safetensors")
     space = denoiser.unet.config.latent_format
     assert space is not None
