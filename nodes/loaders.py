@@ -214,7 +214,7 @@ class SDGLoadADM(io.ComfyNode):
 
     @classmethod
     def execute(cls, adm_name: str) -> io.NodeOutput:
-        model = host.load_adm_model(host.model_path("adm", adm_name))
+        model = host.load_adm_model(*host.model_file("adm", adm_name))
         return io.NodeOutput(model, host.blank_conditioning())
 
 

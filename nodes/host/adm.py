@@ -158,9 +158,12 @@ class ADM(comfy.model_base.BaseModel):
         return {}
 
 
-def load_adm_model(path: Path) -> comfy.model_patcher.ModelPatcher:
-    """A MODEL from an ADM file, in the dtype that suits the device. Raises ValueError for files of other kinds."""
-    config, state = read_adm(path)
+def load_adm_model(path: Path, face: str | None = None) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL from an ADM file, in the dtype that suits the device. ``face`` as in ``read_adm``.
+
+    Raises ValueError for files of other kinds.
+    """
+    config, state = read_adm(path, face)
     device, offload = mm.get_torch_device(), mm.unet_offload_device()
     host_config = ADMModelConfig(ADMModelConfig.unet_config)
     supported = host_config.supported_inference_dtypes

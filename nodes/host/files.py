@@ -7,7 +7,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ...sdg_core.avatars import BUNDLED
+from ...sdg_core.avatars import BUNDLED, latent_model_file
 
 BUNDLED_NAME = "avatars (bundled)"
 FOLDERS = {
@@ -28,17 +28,19 @@ def register_folders() -> None:
         folder_paths.folder_names_and_paths[name] = (paths if own in paths else [*paths, own], extensions)
 
 
-def bundled_files(folder: str) -> dict[str, Path]:
-    """Names and files of the models of a kind that come with the pack. Those of the latent test world are in the
-    repository, not in the registry's package, so only what is there is offered."""
-    world = {
-        "avatars latent": "latent/noisy_clip",
-        **{f"avatars latent {k}": f"latent/{k}" for k in ("eps", "v", "flow")},
+def bundled_files(folder: str) -> dict[str, tuple[Path, str | None]]:
+    """Names of the models of a kind that come with the pack, their files, and the face of an ADM (see ``read_adm``).
+
+    Those of the latent test world are in the repository, not in the registry's package, so only what is there is
+    offered.
+    """
+    latent = {
+        "adm": {f"avatars latent {k} (bundled)": latent_model_file(k, BUNDLED) for k in ("eps", "v", "flow")},
+        "noisy_clip": {"avatars latent (bundled)": (BUNDLED / "latent" / "noisy_clip.safetensors", None)},
     }
-    names = {"adm": ["avatars latent eps", "avatars latent v", "avatars latent flow"], "noisy_clip": ["avatars latent"]}
-    files = {f"{name} (bundled)": BUNDLED / f"{world[name]}.safetensors" for name in names.get(folder, [])}
+    there = {name: file for name, file in latent.get(folder, {}).items() if file[0].is_file()}
     first = {"open_clip": "clip"}.get(folder, folder)
-    return {BUNDLED_NAME: BUNDLED / f"{first}.safetensors", **{n: path for n, path in files.items() if path.is_file()}}
+    return {BUNDLED_NAME: (BUNDLED / f"{first}.safetensors", None), **there}
 
 
 def model_names(folder: str) -> list[str]:
@@ -46,20 +48,25 @@ def model_names(folder: str) -> list[str]:
     return [*bundled_files(folder), *folder_paths.get_filename_list(folder)]
 
 
-def model_path(folder: str, name: str) -> Path:
-    """The file behind a name of ``model_names``. Raises ValueError where it is missing."""
+def model_file(folder: str, name: str) -> tuple[Path, str | None]:
+    """The file behind a name of ``model_names``, and the face of an ADM. Raises ValueError where it is missing."""
     if name.endswith("(bundled)"):
-        path = bundled_files(folder).get(name)
-        if path is None or not path.is_file():
+        file = bundled_files(folder).get(name)
+        if file is None or not file[0].is_file():
             raise ValueError(
                 f"The bundled model {name} is missing. The avatars come with every installation (install this node "
                 f"pack again), the latent ones with its repository only. Or choose a file in models/{folder}."
             )
-        return path
+        return file
     found = folder_paths.get_full_path(folder, name)
     if found is None:
         raise ValueError(f"There is no file {name} in models/{folder}. Put it there, or choose another.")
-    return Path(found)
+    return Path(found), None
+
+
+def model_path(folder: str, name: str) -> Path:
+    """The file of ``model_file``."""
+    return model_file(folder, name)[0]
 
 
 def latent_world_file(name: str) -> Path:

@@ -60,7 +60,7 @@ def export_autoencoder(data: Path, out: Path, to: Path) -> None:
 
 
 def export_latent(data: Path, out: Path, to: Path) -> None:
-    config = dataclasses.replace(train_world_latent.CONFIG, latent_format=latent_format(out))
+    config = dataclasses.replace(train_world_latent.CONFIG, time="angle", latent_format=latent_format(out))
     save(to / "model.safetensors", "adm", asdict(config), average(out, "world_latent"))
 
 

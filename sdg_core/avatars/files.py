@@ -32,9 +32,14 @@ def load_bundled_clip(path: Path = BUNDLED / "clip.safetensors") -> CleanCLIP:
     return load_clip(path, NAME)
 
 
+def latent_model_file(prediction: str, folder: Path = BUNDLED) -> tuple[Path, str | None]:
+    """File and face (see ``read_adm``) of the bundled latent model that predicts "eps", "v" or "flow"."""
+    return folder / "latent" / "model.safetensors", prediction
+
+
 def latent_space(folder: Path = BUNDLED) -> LatentFormat:
     """The latent space of the bundled latent models."""
-    space = read_adm(folder / "latent" / "v.safetensors")[0].latent_format
+    space = read_adm(*latent_model_file("v", folder))[0].latent_format
     assert space is not None
     return space
 

@@ -40,7 +40,7 @@ from ..models import (
     load_tiny_autoencoder,
     paper,
 )
-from .files import BUNDLED, HeldOut, load_bundled_clip, load_held_out, load_renders
+from .files import BUNDLED, HeldOut, latent_model_file, load_bundled_clip, load_held_out, load_renders
 from .judge import Judge, load_judge
 
 Sampler = Literal["euler", "euler_ancestral", "paper"]
@@ -161,7 +161,7 @@ def open_world(name: WorldName) -> World:
 def load_latent_world(name: WorldName) -> World:
     """The latent model served as eps, v or flow, with the encoder and view of the name's route."""
     latent = name.folder / "latent"
-    denoiser = ADMDenoiser(load_adm(latent / "model.safetensors", name.model))
+    denoiser = ADMDenoiser(load_adm(*latent_model_file(name.model, name.folder)))
     autoencoder = load_tiny_autoencoder(latent / "autoencoder.safetensors")
     space = denoiser.unet.config.latent_format
     assert space is not None

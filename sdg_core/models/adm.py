@@ -1,7 +1,8 @@
 """The ADM UNet of guided-diffusion (Dhariwal and Nichol 2021, arXiv 2105.05233).
 
 Module names follow the published checkpoints, so that their plain state dicts load as they are.
-Two additions of ours, both off for published models: a pixel-unshuffle stem (``patch`` > 1) and v-prediction.
+Additions of ours, all off for published models: a pixel-unshuffle stem (``patch`` > 1), other predictions than eps,
+and networks of the angle (``time``), which serve as models of every prediction.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..method import LatentFormat, timestep_embedding
+from ..method import LatentFormat, TimestepTable, timestep_embedding
+from .faces import Face
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class ADMConfig:
     ``heads`` counts when ``head_channels`` is 0. ``prediction`` is "eps" (published models), "v" or "flow" (eps - x_0,
     its timestep 1000 * sigma). ``beta_schedule`` names the training schedule, see ``method.betas``.
     ``channels`` is 3 for pixels; a latent model has its space's, described in ``latent_format``.
+    ``time`` is what the network was trained on: the "schedule" of its prediction, or the "angle", and then it passes
+    for a model of any prediction (see ``faces``); such a network learns no sigma.
     """
 
     image_size: int = 256
@@ -44,6 +48,7 @@ class ADMConfig:
     beta_schedule: str = "linear"
     channels: int = 3
     latent_format: LatentFormat | None = None
+    time: str = "schedule"
 
     @property
     def multiple(self) -> int:
@@ -228,8 +233,14 @@ class ADMUNet(nn.Module):
             ops.GroupNorm(32, widths[0], **kw), nn.SiLU(), ops.Conv2d(widths[0], out, 3, padding=1, **kw)
         )
         _zero(self.out[-1])
+        angle = config.time == "angle"
+        self.face = Face(config.prediction, TimestepTable.from_name(config.beta_schedule)) if angle else None
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        return self.network(x, timesteps) if self.face is None else self.face(self.network, x, timesteps)
+
+    def network(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """What the weights compute, of whatever they were trained on: see ``ADMConfig.time``."""
         patch = self.config.patch
         embed = self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(x))
         h = F.pixel_unshuffle(x, patch) if patch > 1 else x

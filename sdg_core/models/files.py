@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from ..files import PICKLES, fill, load, load_pickle, load_plain
 from .adm import ADMConfig, ADMUNet
+from .faces import FACES
 from .tiny_autoencoder import TinyAutoencoder, encoder_from_state
 
 
-def read_adm(path: Path) -> tuple[ADMConfig, dict[str, Tensor]]:
-    """Config and weights of an ADM: our safetensors, or a published guided-diffusion ``.pt``."""
+def read_adm(path: Path, face: str | None = None) -> tuple[ADMConfig, dict[str, Tensor]]:
+    """Config and weights of an ADM: our safetensors, or a published guided-diffusion ``.pt``.
+
+    A network of the angle passes for an "eps", "v" or "flow" model, as ``face`` says; None leaves its own prediction.
+    Raises ValueError for other faces, and for a face of any other ADM.
+    """
     if path.suffix in PICKLES:
         state = load_pickle(path)
-        return ADMConfig.from_state_dict(state), state
-    config, state = load(path, "adm")
-    return ADMConfig.from_json(config), state
+        config = ADMConfig.from_state_dict(state)
+    else:
+        fields, state = load(path, "adm")
+        config = ADMConfig.from_json(fields)
+    return (config if face is None else _faced(config, face, path)), state
 
 
-def load_adm(path: Path) -> ADMUNet:
-    """The UNet, frozen, in eval mode, float32."""
-    config, state = read_adm(path)
+def _faced(config: ADMConfig, face: str, path: Path) -> ADMConfig:
+    if config.time != "angle":
+        raise ValueError(
+            f'Got the face "{face}" for {path.name}, which was trained to predict {config.prediction} alone; wanted a '
+            "network of the angle. Leave the face out, or choose another file."
+        )
+    if face not in FACES:
+        raise ValueError(f'Got the face "{face}" for {path.name}; wanted "eps", "v" or "flow".')
+    return replace(config, prediction=face)
+
+
+def load_adm(path: Path, face: str | None = None) -> ADMUNet:
+    """The UNet, frozen, in eval mode, float32. ``face`` as in ``read_adm``."""
+    config, state = read_adm(path, face)
     unet = ADMUNet(config)
     fill(unet, state, path)
     return unet.requires_grad_(False).eval()

@@ -15,12 +15,16 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from sdg_core.files import save
+from sdg_core.models import ADMUNet, read_adm
 
 BLANK = [[None, {}]]
 WHOLE = {"start_percent": 0.0, "end_percent": 1.0}
@@ -254,6 +258,60 @@ def test_diffusion_model_never_sees_autograd_through_any_view(sample, latent_adm
         hook.remove()
     assert len(seen) == 3 * 4
     assert set(seen) == {(False, False, False)}
+
+
+# One network as all three
+
+
+@pytest.fixture(scope="module")
+def angle_file(models_folder, tmp_path_factory) -> Path:
+    """A random network of the angle, as large as the small ADMs and on their latents."""
+    config = replace(read_adm(models_folder / "adm/latent_v.safetensors")[0], time="angle")
+    path = tmp_path_factory.mktemp("faces") / "model.safetensors"
+    save(path, "adm", asdict(config), draw(ADMUNet(config)).state_dict())
+    return path
+
+
+@pytest.fixture
+def face(pack, run, angle_file, monkeypatch):
+    """face("eps", "v" or "flow") -> the one file as a MODEL, by the name of a bundled one."""
+    monkeypatch.setattr(pack.files, "latent_model_file", lambda prediction, folder: (angle_file, prediction))
+    return lambda prediction: run("SDGLoadADM", adm_name=f"avatars latent {prediction} (bundled)")
+
+
+@pytest.mark.parametrize(("dtype", "roundings"), [(torch.float32, 16), (torch.float16, 1), (torch.bfloat16, 1)])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_faces_of_one_file_give_the_cores_denoised(pack, face, angle_file, prediction, dtype, roundings):
+    """The core in float64; the host in float32 or half, where what x_vp and eps are rounded by counts sigma times.
+
+    Times near 1000 are rounded too, in float32 whatever the network computes in: that is most of what float32 shows.
+    """
+    model = face(prediction).model
+    model.manual_cast_dtype, model.diffusion_model.dtype = None, dtype
+    with torch.inference_mode():
+        model.diffusion_model.to(dtype)
+    denoiser = pack.models.ADMDenoiser(pack.models.load_adm(angle_file, prediction).double())
+    sigmas = model.model_sampling.sigmas[[0, 40, 300, 750, 999]]
+    x = torch.randn(5, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * (1 + sigmas.view(-1, 1, 1, 1))
+    with torch.inference_mode():
+        seen, wanted = model.apply_model(x, sigmas).double(), denoiser(x.double(), sigmas.double())
+    apart = (seen - wanted).square().mean(dim=(1, 2, 3)).sqrt()
+    assert model.get_dtype_inference() == dtype
+    assert wanted[-1].std() > 0.3  # of v, with next to no signal left
+    assert (apart < roundings * torch.finfo(dtype).eps * (1 + sigmas)).all()
+
+
+def test_faces_of_one_file_sample_one_latent(comfy, exact, face):
+    """Euler's steps of x_t / alpha are the same in every convention, at the same sigma / alpha."""
+    noise, seen = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(7)), {}
+    for prediction in PREDICTIONS:
+        model = exact(face(prediction))
+        if prediction != "flow":
+            ratios = torch.cat([model.model.model_sampling.sigmas[[990, 700, 400, 150, 20]], torch.zeros(1)])
+        seen[prediction] = custom(comfy, model, ratios / (1 + ratios) if prediction == "flow" else ratios, noise)
+    assert seen["v"].std() > 0.1
+    for prediction in ("eps", "flow"):
+        assert difference(seen[prediction], seen["v"]) < 1e-5
 
 
 # Decoders
