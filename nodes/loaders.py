@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import comfy.model_management
 import nodes
@@ -226,23 +227,35 @@ class SDGEmptyPixelLatent(io.ComfyNode):
             node_id="SDGEmptyPixelLatent",
             display_name="Empty Pixel Latent (SDG)",
             category="SDG/loaders",
-            description="An empty latent for pixel models, one latent pixel for each picture pixel.",
+            description="An empty latent for pixel models, one latent pixel for each picture pixel. With a VAE, for "
+            "models of its latents.",
             inputs=[
                 io.Int.Input(
-                    "width", **size, tooltip="Width in pixels. The bundled model knows 32, published ADMs 256."
+                    "width",
+                    **size,
+                    tooltip="Width in pixels. The bundled models know 32, published ADMs 256.",
                 ),
                 io.Int.Input(
-                    "height", **size, tooltip="Height in pixels. The bundled model knows 32, published ADMs 256."
+                    "height",
+                    **size,
+                    tooltip="Height in pixels. The bundled models know 32, published ADMs 256.",
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="How many pictures to sample at once."),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="For a latent model: the VAE of its latents, such as Load Autoencoder's. Empty: pixels.",
+                ),
             ],
             outputs=[io.Latent.Output("LATENT", tooltip="Connect to a sampler.")],
         )
 
     @classmethod
-    def execute(cls, width: int, height: int, batch_size: int) -> io.NodeOutput:
-        what, shape = f"{batch_size} pictures of {width} x {height}", (batch_size, 3, height, width)
+    def execute(cls, width: int, height: int, batch_size: int, vae: Any = None) -> io.NodeOutput:
+        channels, ratio = (3, 1) if vae is None else (vae.latent_channels, vae.spacial_compression_encode())
+        shape = (batch_size, channels, max(1, height // ratio), max(1, width // ratio))
+        what = f"{batch_size} pictures of {width} x {height}"
         host.check_free(what, 4 * math.prod(shape))
         with host.explained(what):
             samples = torch.zeros(shape, device=comfy.model_management.intermediate_device())
-        return io.NodeOutput({"samples": samples, "downscale_ratio_spacial": 1})
+        return io.NodeOutput({"samples": samples, "downscale_ratio_spacial": ratio})

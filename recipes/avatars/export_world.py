@@ -1,4 +1,4 @@
-"""Exports the 128 px world to sdg_core/avatars/latent: fp16 safetensors, and a sheet of held-out renders.
+"""Exports the 128 px world to sdg_core/avatars/world: fp16 safetensors, and a sheet of held-out renders.
 
 `python export_world.py --data DIR --out DIR [--to DIR]` reads the checkpoints in --out; what is not there is left out.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -24,8 +25,7 @@ import train_world_noisy_clip
 from data import LABELS
 from export import average
 from train_world_clip import vocabulary
-from train_world_judge import in_memory
-from world_data import load
+from world_data import in_memory, load
 
 from sdg_core.avatars import BUNDLED, Judge, save_held_out, save_renders
 from sdg_core.encoders import save_noisy_clip
@@ -70,14 +70,14 @@ def export_clip(data: Path, out: Path, to: Path) -> None:
     save(to / "clip.safetensors", "clip", {"clip": train_clip.CONFIG, "noise_size": 64}, state)
 
 
-def export_noisy_clip(data: Path, out: Path, to: Path) -> None:
-    """The NoisyCLIP with its measured retrieval."""
+def export_noisy_clip(world: str, file: str, data: Path, out: Path, to: Path) -> None:
+    """A NoisyCLIP with its measured retrieval."""
     used = vocabulary(load(data, "train", 64)[1])
-    model = train_world_noisy_clip.student(out, len(used))
-    model.load_state_dict(average(out, "world_noisy_clip"))
-    rows = torch.load(out / "world_noisy_clip_retrieval.pt", weights_only=True)
+    model = train_world_noisy_clip.student(out, len(used), train_world_noisy_clip.view_of(out, world))
+    model.load_state_dict(average(out, f"noisy_clip_{world}"))
+    rows = torch.load(out / f"noisy_clip_{world}_retrieval.pt", weights_only=True)
     model.config = dataclasses.replace(model.config, retrieval=tuple(rows))
-    save_noisy_clip(to / "noisy_clip.safetensors", model, used)
+    save_noisy_clip(to / file, model, used)
 
 
 @torch.no_grad()
@@ -101,7 +101,8 @@ PARTS = {
     "world_autoencoder": export_autoencoder,
     "world_latent": export_latent,
     "world_clip": export_clip,
-    "world_noisy_clip": export_noisy_clip,
+    "noisy_clip_latents": functools.partial(export_noisy_clip, "latents", "noisy_clip.safetensors"),
+    "noisy_clip_pixels": functools.partial(export_noisy_clip, "pixels", "noisy_clip_pixels.safetensors"),
     "world_judge": export_judge,
 }
 
@@ -120,6 +121,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--to", type=Path, default=BUNDLED / "latent")
+    parser.add_argument("--to", type=Path, default=BUNDLED / "world")
     args = parser.parse_args()
     export(args.data, args.out, args.to)

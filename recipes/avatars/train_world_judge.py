@@ -10,16 +10,14 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from data import LABELS
 from loop import Plan, spawn, train
 from train_judge import Loss, accuracy
-from world_data import load
+from world_data import in_memory, load
 
 from sdg_core.avatars import Judge
 
@@ -37,15 +35,10 @@ def job(rank: int, processes: int, data: Path, out: Path, images: int) -> None:
     print(accuracy(judge, in_memory(held_out), truth), flush=True)
 
 
-def in_memory(pictures: np.ndarray) -> Tensor:
-    """(N, 3, S, S) uint8."""
-    return torch.from_numpy(np.asarray(pictures).transpose(0, 3, 1, 2).copy())
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=200_000)
+    parser.add_argument("--images", type=int, default=160_000)
     args = parser.parse_args()
     spawn(lambda rank, n: job(rank, n, args.data, args.out, args.images), 1)

@@ -28,7 +28,7 @@ from sdg_core.models import ADMConfig, ADMUNet
 CONFIG = ADMConfig(
     image_size=32,
     model_channels=64,
-    channel_mult=(1.5, 3),
+    channel_mult=(1, 2),
     num_res_blocks=1,
     attention_levels=(0, 1),
     head_channels=32,
@@ -62,8 +62,8 @@ class Loss:
 
 def job(rank: int, processes: int, out: Path, images: int, compiled: bool) -> None:
     plan = Plan(
-        out / "world_latent.pt", images, batch=128, lr=1e-3, seed=13, weight_decay=0.0, ema=0.9995,
-        processes=processes, rank=rank, muon=0.02, vectors=VECTORS,
+        out / "world_latent.pt", images, batch=64, lr=1e-3, seed=13, weight_decay=0.0, ema=0.998,
+        processes=processes, rank=rank, muon=0.02, vectors=VECTORS, decay=0.5,
     )  # fmt: skip
     torch.manual_seed(plan.seed)
     model = ADMUNet(CONFIG)
@@ -74,7 +74,7 @@ def job(rank: int, processes: int, out: Path, images: int, compiled: bool) -> No
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=200_000)
+    parser.add_argument("--images", type=int, default=180_000)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()

@@ -1,9 +1,15 @@
-"""The NoisyCLIP of the 128 px world: its CLIP, fine-tuned on the linear view of noisy latents.
+"""The NoisyCLIPs of both worlds: their CLIP, fine-tuned to read noise, as in SDG section 3.3 without captions.
 
-Half of each batch is the linear picture of a latent, half the picture itself averaged to latent size (what references
-are); both get the noise that a latent has through the view. Targets are the clean embeddings of the 64 px pictures.
+The student sees a noisy small picture, targets are the clean embeddings of the 64 px pictures: symmetric InfoNCE at
+logits x100, plus a multiple of 1 - cosine, which keeps embeddings where the text tower expects them. Noise is uniform
+in its angle, arctan(sigma / alpha).
 
-`python train_world_noisy_clip.py --data DIR --out DIR` needs train_world_clip.py's and train_world_autoencoder.py's.
+- latents: half of each batch is the linear picture of a latent, half the picture itself averaged to latent size (what
+  references are); both get the noise that a latent has through the view.
+- pixels: pictures of 32 px with white noise.
+
+`python train_world_noisy_clip.py {latents,pixels} --data DIR --out DIR` needs train_world_clip.py's CLIP in --out, and
+for latents train_world_autoencoder.py's files.
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,18 +28,21 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train_clip
 from loop import Plan, spawn, train
-from train_noisy_clip_linear import MEASURED, Loss, seen
 from train_world_clip import VECTORS, vocabulary
 from world_data import load
 
 from sdg_core.encoders import NoisyCLIP, NoisyCLIPConfig
-from sdg_core.method import LinearView, unit
+from sdg_core.method import PIXEL_VIEW, LinearView, View, expand, unit
 
-SIDE, NAME = 32, "avatars"
+SIDE, NAME, COSINE_WEIGHT = 32, "avatars", 30.0
+MEASURED = (0, 20, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
+SEEDS = {"latents": 17, "pixels": 3}
 
 
-def view_of(out: Path) -> LinearView:
-    """The linear view of the trained autoencoder."""
+def view_of(out: Path, world: str) -> View:
+    """The linear view of the trained autoencoder, or pixels."""
+    if world == "pixels":
+        return PIXEL_VIEW
     kept = torch.load(out / "world_format.pt", weights_only=True)
     return LinearView(NAME, kept["factors"], kept["bias"])
 
@@ -44,14 +54,56 @@ def trained_clip(out: Path, words: int) -> torch.nn.Module:
     return clip.eval()
 
 
-def student(out: Path, words: int) -> NoisyCLIP:
+def student(out: Path, words: int, view: View) -> NoisyCLIP:
     """The trained CLIP, conditioned on noise and told what it reads."""
-    view = view_of(out)
-    covariance = tuple(map(tuple, view.covariance.tolist()))
+    covariance = tuple(map(tuple, view.covariance.tolist())) if isinstance(view, LinearView) else None
     config = NoisyCLIPConfig(
         clip=train_clip.CONFIG, noise_size=SIDE, hidden=128, sinusoid=128, view=view.name, covariance=covariance
     )
     return NoisyCLIP(config, trained_clip(out, words)).eval()  # eval: the batch statistics stay the clean CLIP's
+
+
+def seen(view: View, x_0: Tensor, eps: Tensor, ratio: Tensor) -> Tensor:
+    """Clean small pictures with the view's noise at ``ratio`` (B,), in VP scaling."""
+    return (x_0 + expand(ratio, x_0) * view.noise(eps)) / expand((1 + ratio.square()).sqrt(), x_0)
+
+
+class Pictures:
+    """What the student looks at: ``latents`` (N, C, 32, 32) through the view, ``small`` (N, 3, 32, 32), both float16.
+
+    Pixels have no latents but their pictures.
+    """
+
+    def __init__(self, view: View, latents: Tensor | None, small: Tensor) -> None:
+        self.view, self.small = view, small
+        self.latents = small if latents is None else latents
+
+    def clean(self, index: Tensor, exact: Tensor) -> Tensor:
+        """Pictures without noise: the view's where ``exact`` (B, 1, 1, 1), else those averaged to its size."""
+        latents = self.latents[index].float()
+        return torch.where(exact, self.view.picture(latents, torch.ones(len(index))), self.small[index].float())
+
+
+class Loss:
+    """InfoNCE between noisy and clean embeddings of the same pictures, and their cosine."""
+
+    def __init__(self, model: NoisyCLIP, pictures: Pictures, clean: Tensor, share: int) -> None:
+        self.model, self.pictures, self.clean, self.share = model, pictures, clean, share
+        self.info_nce = open_clip.ClipLoss()
+
+    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, str]:
+        index = torch.randint(len(self.clean), (self.share,), generator=generator)
+        exact = torch.rand(self.share, 1, 1, 1, generator=generator) < 0.5
+        x_0 = self.pictures.clean(index, exact)
+        angle = torch.rand(self.share, generator=generator) * torch.pi / 2
+        ratio = angle.tan().clamp(1e-3, 150)
+        eps = torch.randn(self.pictures.latents[index].shape, generator=generator)
+        u = seen(self.pictures.view, x_0, eps, ratio).contiguous(memory_format=torch.channels_last)
+        embed = unit(self.model(u, self.model.table.timestep(ratio), self.model.full_depth).embed)
+        clean = self.clean[index]
+        contrast = self.info_nce(embed, clean, torch.tensor(100.0))
+        cosine = (embed * clean).sum(1).mean()
+        return contrast + COSINE_WEIGHT * (1 - cosine), f"info_nce {contrast.item():.3f} cosine {cosine.item():.3f}"
 
 
 @torch.no_grad()
@@ -68,48 +120,54 @@ def prepared(clip: torch.nn.Module, data: Path, split: str) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def retrieval(
-    model: NoisyCLIP, clip: torch.nn.Module, view: LinearView, latents: Tensor, clean: Tensor
+    model: NoisyCLIP, clip: torch.nn.Module, pictures: Pictures, clean: Tensor
 ) -> list[tuple[float, float, float]]:
     """Rows (t, retrieval@1 in the clean embeddings, the same of the clean CLIP on the same noisy pictures)."""
-    rows, eps = [], torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    x_0 = view.picture(latents, torch.ones(len(latents)))
+    N, rows = len(clean), []
+    eps = torch.randn(pictures.latents[:N].shape, generator=torch.Generator().manual_seed(0))
+    x_0 = pictures.clean(torch.arange(N), torch.ones(N, 1, 1, 1, dtype=torch.bool))
     for t in MEASURED:
         ratio = model.table.sigma(torch.tensor([float(t)])).float()
-        u = seen(view, x_0, eps, ratio.expand(len(latents)))
+        u = seen(pictures.view, x_0, eps, ratio.expand(N))
         found = []
         for embed in (
             unit(model(u, torch.tensor([float(t)]), model.full_depth).embed),
             clip.encode_image(train_clip.prepare(u), normalize=True),
         ):
-            found.append(float(((embed @ clean.T).argmax(1) == torch.arange(len(clean))).float().mean()))
+            found.append(float(((embed @ clean.T).argmax(1) == torch.arange(N)).float().mean()))
         rows.append((float(t), *found))
     return rows
 
 
-def job(rank: int, processes: int, data: Path, out: Path, images: int) -> None:
-    torch.manual_seed(17)
-    words, view = len(vocabulary(load(data, "train", 64)[1])), view_of(out)
-    model, clip = student(out, words).requires_grad_(True), trained_clip(out, words)
+def job(rank: int, processes: int, world: str, data: Path, out: Path, images: int) -> None:
+    torch.manual_seed(SEEDS[world])
+    words, view = len(vocabulary(load(data, "train", 64)[1])), view_of(out, world)
+    model, clip = student(out, words, view).requires_grad_(True), trained_clip(out, words)
     model.text.requires_grad_(False)
     plan = Plan(
-        out / "world_noisy_clip.pt", images, batch=128, lr=4e-4, seed=17, muon=0.01, vectors=VECTORS,
+        out / f"noisy_clip_{world}.pt", images, batch=128, lr=4e-4, seed=SEEDS[world], muon=0.01, vectors=VECTORS,
         processes=processes, rank=rank,
     )  # fmt: skip
     clean, small = prepared(clip, data, "train")
-    latents = torch.from_numpy(np.load(out / "world_latents_train.npy", mmap_mode="r"))
-    model.load_state_dict(train(plan, model, Loss(model, view, latents, small, clean, plan.share)))
-    clean, _ = prepared(clip, data, "test")
-    test = torch.from_numpy(np.load(out / "world_latents_test.npy")[:1000]).float()
-    rows = retrieval(model, clip, view, test, clean[:1000])
-    torch.save(rows, out / "world_noisy_clip_retrieval.pt")
+    pictures = Pictures(view, latents_of(out, world, "train"), small)
+    model.load_state_dict(train(plan, model, Loss(model, pictures, clean, plan.share)))
+    clean, small = prepared(clip, data, "test")
+    rows = retrieval(model, clip, Pictures(view, latents_of(out, world, "test"), small), clean[:1000])
+    torch.save(rows, out / f"noisy_clip_{world}_retrieval.pt")
     for t, noisy, plain in rows:
         print(f"t {t:.0f} noisy @1 {noisy:.3f} clean @1 {plain:.3f}", flush=True)
 
 
+def latents_of(out: Path, world: str, split: str) -> Tensor | None:
+    """The latents of a split, read from disk as they are used; None for pixels."""
+    return None if world == "pixels" else torch.from_numpy(np.load(out / f"world_latents_{split}.npy", mmap_mode="c"))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("world", choices=SEEDS)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=256_000)
+    parser.add_argument("--images", type=int, default=200_000)
     args = parser.parse_args()
-    spawn(lambda rank, n: job(rank, n, args.data, args.out, args.images), 1)
+    spawn(lambda rank, n: job(rank, n, args.world, args.data, args.out, args.images), 1)

@@ -15,7 +15,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from data import LABELS, draw
+from torch import Tensor
 
 SPLITS = {"test": 8_000, "judge": 20_000, "train": 60_000}
 SIZE, HATS, PART = 128, 0.5, 500
@@ -83,6 +85,11 @@ def halved(images: np.ndarray) -> np.ndarray:
 def load(data: Path, split: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, size, size, 3) uint8, read from disk as they are used, and labels (N, 8) of a split."""
     return np.load(data / f"{split}_{size}.npy", mmap_mode="r"), np.load(data / f"{split}_labels.npy")
+
+
+def in_memory(pictures: np.ndarray) -> Tensor:
+    """(N, 3, S, S) uint8."""
+    return torch.from_numpy(np.asarray(pictures).transpose(0, 3, 1, 2).copy())
 
 
 def caption(labels: np.ndarray, rng: random.Random, keep: float = 0.4) -> str:

@@ -57,7 +57,8 @@ def find_render(world: World, **wanted: object) -> Tensor:
 def draw_demo(world: World, steps: int, progress: Callable[[int, int], None]) -> Image.Image:
     """Samples every row from the same seeds and draws the grid. ``progress(done, total)`` counts sampler steps."""
     rows = demo_rows(world)
-    noise = seeded_noise(SEEDS, world.denoiser.unet.config.image_size)
+    channels, size, _ = world.denoiser.shape
+    noise = seeded_noise(SEEDS, size, channels)
     pictures, total = [], steps * len(rows)
     for i, row in enumerate(rows):
         count = lambda step, i=i: progress(i * steps + step.index + 1, total)  # noqa: E731

@@ -451,7 +451,7 @@ def step_cost(world: World, count: int = 8, times: int = 5) -> dict[str, float]:
     sigma = torch.full((count,), 0.6 if world.denoiser.convention is Convention.FLOW else 2.0)
     x = seeded_noise(range(count), size, channels) * sigma[0]
     denoised, result = world.denoiser(x, sigma), dict[str, float]()
-    for kind in LATENT_SUITES:
+    for kind in KIND_SUITES:
         pull = Pull(kind, "a person with glasses" if kind == "text" else world.renders[0])
         run = world.open_run((replace(world.term(pull), start=0.0, end=1.0),), Strength())
         guide(denoised, x, sigma, run)  # the first looks at references
@@ -630,16 +630,16 @@ def model_rows(pool: Executor, settings: Settings, progress: Progress) -> list[R
     latent = replace(settings, world=replace(settings.world, model="v", route="noisy linear"))
     pixels = replace(settings, world=WorldName(settings.world.folder))
     world, small = open_world(latent.world), open_world(pixels.world)
-    seen, n = world.held_out.features, settings.samples
+    bank, other = world.held_out.features.tensor_split(2)
+    n = settings.samples
     drawn = {
         name: torch.cat(pictures(pool, spread_over([()], here), here, functools.partial(progress, name))).clamp(-1, 1)
         for name, here in (("model", latent), ("model/pixels", pixels))
     }
     found = {name: _features(world, images) for name, images in drawn.items()}
-    other = float(nearest(seen[BANK:], seen[:BANK]).mean())
-    near = float(nearest(found["model"], seen[:BANK]).mean()) / other
-    frechet = {name: frechet_distance(features, seen[:BANK]) for name, features in found.items()}
-    plain = frechet_distance(seen[BANK:], seen[:BANK])
+    near = float(nearest(found["model"], bank).mean()) / float(nearest(other, bank).mean())
+    frechet = {name: frechet_distance(features, bank) for name, features in found.items()}
+    plain = frechet_distance(other, bank)
     again = world.decode(_latents(world))
     grains = {name: float(grain(images).mean()) for name, images in drawn.items()}
     flat, small_flat = (float(grain(w.renders).mean()) for w in (world, small))
@@ -656,22 +656,24 @@ def model_rows(pool: Executor, settings: Settings, progress: Progress) -> list[R
 
 
 def _features(world: World, images: Tensor) -> Tensor:
-    return torch.cat([world.judge.features(part) for part in images.split(64)])
+    return torch.cat([world.judge.features(part) for part in torch.split(images, 64)])
 
 
 def _latents(world: World) -> Tensor:
     """The renders as the latent model's own latents."""
     encode, _ = bundled_latent_encoder()
-    return torch.cat([encode(part) for part in world.renders.split(16)])
+    return torch.cat([encode(part) for part in torch.split(world.renders, 16)])
 
 
 def one_step_error(world: World, sigma: float) -> float:
     """RMS between a render's latent, seen as a picture, and what one step makes of it with noise of sigma."""
     z = _latents(world)
     eps = seeded_noise(range(len(z)), z.shape[-1], z.shape[1])
-    noisy, level = (z + sigma * eps).split(16), torch.full((16,), sigma)
+    noisy, level = torch.split(z + sigma * eps, 16), torch.full((16,), sigma)
     denoised = torch.cat([world.denoiser(x, level[: len(x)]) for x in noisy])
-    errors = [world.decode(a) - world.decode(b) for a, b in zip(denoised.split(16), z.split(16), strict=True)]
+    errors = [
+        world.decode(a) - world.decode(b) for a, b in zip(torch.split(denoised, 16), torch.split(z, 16), strict=True)
+    ]
     return float(torch.cat(errors).square().mean().sqrt())
 
 

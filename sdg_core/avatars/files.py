@@ -34,7 +34,7 @@ def load_bundled_clip(path: Path = BUNDLED / "clip.safetensors") -> CleanCLIP:
 
 def latent_model_file(prediction: str, folder: Path = BUNDLED) -> tuple[Path, str | None]:
     """File and face (see ``read_adm``) of the bundled latent model that predicts "eps", "v" or "flow"."""
-    return folder / "latent" / "model.safetensors", prediction
+    return folder / "latent" / f"{prediction}.safetensors", None
 
 
 def latent_space(folder: Path = BUNDLED) -> LatentFormat:

@@ -40,7 +40,7 @@ from ..models import (
     load_tiny_autoencoder,
     paper,
 )
-from .files import BUNDLED, HeldOut, latent_model_file, load_bundled_clip, load_held_out, load_renders
+from .files import BUNDLED, HeldOut, latent_model_file, load_bundled_clip, load_renders
 from .judge import Judge, load_judge
 
 Sampler = Literal["euler", "euler_ancestral", "paper"]
@@ -159,7 +159,7 @@ def open_world(name: WorldName) -> World:
 
 
 def load_latent_world(name: WorldName) -> World:
-    """The latent model served as eps, v or flow, with the encoder and view of the name's route."""
+    """A latent model with the encoder and view of the name's route; references and judge are the pixel world's."""
     latent = name.folder / "latent"
     denoiser = ADMDenoiser(load_adm(*latent_model_file(name.model, name.folder)))
     autoencoder = load_tiny_autoencoder(latent / "autoencoder.safetensors")
@@ -170,12 +170,12 @@ def load_latent_world(name: WorldName) -> World:
     if noisy:
         encoder: CleanCLIP = load_noisy_clip(latent / "noisy_clip.safetensors")
     else:
-        encoder = load_bundled_clip(latent / "clip.safetensors")
-    renders, labels = load_renders(latent / "renders.png")
+        encoder = load_bundled_clip(name.folder / "clip.safetensors")
+    renders, labels = load_renders(name.folder / "renders.png")
     return World(
         denoiser,
         encoder,
-        load_judge(latent / "judge.safetensors"),
+        load_judge(name.folder / "judge.safetensors"),
         renders,
         labels,
         decoded if name.route == "clean decoded" else space.linear_view(),
@@ -183,7 +183,6 @@ def load_latent_world(name: WorldName) -> World:
         decoded,
         NOISY_SCALE if noisy else CLEAN_SCALE,
         NOISY_INTERVAL if noisy else CLEAN_INTERVAL,
-        load_held_out(latent / "held_out.safetensors"),
     )
 
 

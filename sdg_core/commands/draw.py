@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from ..avatars import SAMPLERS, Pull, batch_noise, draw_demo, load_world, sample
+from ..avatars import SAMPLERS, Pull, World, WorldName, batch_noise, draw_demo, open_world, sample
 from ..method import Strength
 from ..pictures import read_image, write_image
 from .options import add_models
 from .progress import advance
+
+WORLDS = {"latents": WorldName(model="v", route="noisy linear"), "pixels": WorldName()}
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,6 +24,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     demo.add_argument("--out", type=Path, default=Path("demo.png"))
     demo.add_argument("--steps", type=int, default=50)
     demo.set_defaults(run=run_demo)
+    add_world(demo)
     add_models(demo)
     one = commands.add_parser("sample", help="guided pictures from the bundled models")
     for kind in ("text", "content", "structure", "style"):
@@ -37,12 +41,22 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     one.add_argument("--out", type=Path, default=Path("sample.png"))
     one.set_defaults(run=run_sample)
+    add_world(one)
     add_models(one)
+
+
+def add_world(parser: argparse.ArgumentParser) -> None:
+    """Which of the bundled worlds."""
+    parser.add_argument("--world", choices=WORLDS, default="pixels", help="the pixel model, or the latent one")
+
+
+def world_of(args: argparse.Namespace) -> World:
+    return open_world(replace(WORLDS[args.world], folder=args.models))
 
 
 def run_demo(args: argparse.Namespace) -> None:
     """`sdg demo`: the grid, with progress, and where it is."""
-    world = load_world(args.models)
+    world = world_of(args)
     with tqdm(desc="Drawing", unit="step") as bar:
         picture = draw_demo(world, args.steps, lambda done, total: advance(bar, done, total))
     picture.save(args.out)
@@ -51,12 +65,15 @@ def run_demo(args: argparse.Namespace) -> None:
 
 def run_sample(args: argparse.Namespace) -> None:
     """`sdg sample`: a row of pictures, as large as the model draws them."""
-    world = load_world(args.models)
+    if args.sampler == "paper" and args.world != "pixels":
+        raise ValueError("The paper's sampler needs the learned variance of the pixel model. Add --world pixels.")
+    world = world_of(args)
     pulls = [Pull("text", text, args.text_scale) for text in args.text]
     for kind in ("content", "structure", "style"):
         scale = getattr(args, f"{kind}_scale")
         pulls += [Pull(kind, read_image(Path(path)), scale) for path in getattr(args, kind)]
-    noise = batch_noise(args.seed, args.count, world.denoiser.unet.config.image_size)
+    channels, size, _ = world.denoiser.shape
+    noise = batch_noise(args.seed, args.count, size, channels)
     with tqdm(total=args.steps, desc="Sampling", unit="step") as bar:
         images = sample(
             world, pulls, noise, steps=args.steps, sampler=args.sampler, seed=args.seed,

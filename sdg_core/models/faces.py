@@ -32,12 +32,12 @@ class Face:
     def __call__(self, network: Callable[[Tensor, Tensor], Tensor], x: Tensor, timesteps: Tensor) -> Tensor:
         """The model of this face at x (B, C, H, W) and timesteps (B,): its prediction, in shape and dtype of x.
 
-        The network is given the dtype of x, and the time (B,) in its precision; sums are at least in float32.
+        The network is given x_vp in the dtype of x; angle, time and sums are in that precision, at least float32.
         """
         a = self.angle(timesteps).to(precise(x))
         sin, cos = expand(a.sin(), x), expand(a.cos(), x)
         x_vp = precise(x) * (sin + cos) if self.prediction == "flow" else precise(x)
-        v = precise(network(x_vp.to(x), 1000 / (torch.pi / 2) * a))
+        v = network(x_vp.to(x), 1000 / (torch.pi / 2) * a)
         eps, x_0 = sin * x_vp + cos * v, cos * x_vp - sin * v
         return {"eps": eps, "v": v, "flow": eps - x_0}[self.prediction].to(x)
 

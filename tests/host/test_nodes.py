@@ -245,6 +245,27 @@ def test_empty_pixel_latent_has_one_cell_for_each_pixel(run):
     assert latent["samples"].shape == (3, 3, 32, 48)
 
 
+def test_empty_latent_has_the_cells_of_its_vae(run, vae_of):
+    """What Load Autoencoder gives, and the host's own kind with a tuple of ratios."""
+    for ratio in (4, (8, 8)):
+        latent = run("SDGEmptyPixelLatent", width=48, height=32, batch_size=2, vae=vae_of(5, ratio))
+        cells = ratio if isinstance(ratio, int) else ratio[-1]
+        assert latent["samples"].shape == (2, 5, 32 // cells, 48 // cells)
+        assert latent["downscale_ratio_spacial"] == cells
+
+
+@pytest.fixture
+def vae_of(comfy):
+    """A VAE of the host with channels and a ratio."""
+
+    def make(channels, ratio):
+        vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+        vae.latent_channels, vae.downscale_ratio = channels, ratio
+        return vae
+
+    return make
+
+
 def test_core_is_free_of_the_host():
     banned = ("comfy", "folder_paths", "nodes")
     for path in (ROOT / "sdg_core").rglob("*.py"):
