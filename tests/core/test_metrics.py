@@ -9,7 +9,7 @@ from sdg_core.avatars.metrics import frechet_distance, grain, psnr
 
 
 def test_flat_drawings_have_no_grain_and_noise_has_its_own(draw):
-    """The Laplacian of white noise of deviation s is normal with s sqrt(20); its median absolute value, .6745 times that."""
+    """The Laplacian of white noise of deviation s has s sqrt(20), and a median absolute value of .6745 times that."""
     drawing = torch.ones(2, 3, 64, 64)
     drawing[:, :, 20:40, 10:50] = -0.5
     assert torch.equal(grain(drawing), torch.zeros(2))
