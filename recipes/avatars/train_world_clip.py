@@ -1,8 +1,9 @@
 """The small CLIP of the 128 px world: renders at 64 px, captions in several words for every attribute.
 
-Two phases: pictures against random captions of them, then besides every picture against one phrase for each value of an
-attribute (as UniCL, Yang et al. 2022, contrasts with labels): what takes few pixels, a mouth or a pair of glasses, is
-drowned in whole captions.
+Three phases: pictures against random captions of them; besides, every picture against one phrase for each value of an
+attribute (as UniCL, Yang et al. 2022, contrasts with labels): what takes few pixels, a pair of glasses, is drowned in
+whole captions; besides, a linear probe of the embedding that tells the values apart: a mouth is seen by no picture
+feature and named by no text feature at first, and between two zeros no gradient flows.
 
 `python train_world_clip.py --data DIR --out DIR` trains (or resumes) and prints zero-shot accuracies.
 """
@@ -20,13 +21,18 @@ import torch.nn.functional as F
 from data import LABELS
 from loop import Plan, spawn, train
 from open_clip.model import CLIP
-from torch import Tensor
-from train_clip import build, prepare, shifted, token_table, tokenizer
+from torch import Tensor, nn
+from train_clip import CONFIG, build, prepare, shifted, token_table, tokenizer
 from world_data import caption, in_memory, load, phrases
 
-PHASES = (("world_clip_captions", 180_000, 0.02, 0.0), ("world_clip", 100_000, 0.01, 1.0))
-"""Where each is kept, images seen, Muon's rate, weight of the phrases."""
-VECTORS = ("embedding", "positional", "logit_scale")  # names of matrices that are not Muon's
+PHASES = (
+    ("world_clip_captions", 180_000, 0.02, 0.0, 0.0),
+    ("world_clip_phrases", 100_000, 0.01, 1.0, 0.0),
+    ("world_clip_probe", 110_000, 0.015, 1.0, 1.0),
+)
+"""Where each is kept, images seen, Muon's rate, weights of the phrases and of the probe."""
+SMALL = ("expression",)  # counts four times in phrases and probe
+VECTORS = ("embedding", "positional", "logit_scale", "probe")  # names of matrices that are not Muon's
 
 
 def vocabulary(labels: np.ndarray) -> Tensor:
@@ -35,12 +41,25 @@ def vocabulary(labels: np.ndarray) -> Tensor:
     return torch.unique(tokenizer()([caption(row, rng) for row in labels[:40_000]]))
 
 
+class Scaled(nn.Module):
+    """Times a constant: embeddings have length one."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
 class Loss:
     """Symmetric InfoNCE between pictures and random captions of them (open_clip's ClipLoss), and the phrases'."""
 
-    def __init__(self, model: CLIP, images: Tensor, labels: np.ndarray, batch: int, weight: float) -> None:
-        self.model, self.images, self.labels, self.batch = model, images, labels, batch
-        self.weight, self.targets = weight, torch.from_numpy(labels).long()
+    def __init__(
+        self, model: nn.ModuleDict, images: Tensor, labels: np.ndarray, batch: int, weights: tuple[float, float]
+    ) -> None:
+        self.model, self.probe, self.images, self.labels = model["clip"], model["probe"], images, labels
+        self.batch, self.weights, self.targets = batch, weights, torch.from_numpy(labels).long()
         self.tokenizer, self.table = tokenizer(), token_table(vocabulary(labels))
         self.loss = open_clip.ClipLoss()
 
@@ -52,25 +71,33 @@ class Loss:
         image, text, scale = self.model(prepare(images), tokens)
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=4.6052)
-        captions = self.loss(image, text, scale)
-        if not self.weight:
-            return captions, f"scale {scale.item():.1f}"
-        labelled = self.phrase_loss(image, scale, self.targets[index], rng)
-        return captions + self.weight * labelled, f"captions {captions.item():.3f} phrases {labelled.item():.3f}"
+        captions, targets, (phrase, probe) = self.loss(image, text, scale), self.targets[index], self.weights
+        parts = {"captions": captions}
+        if phrase:
+            parts["phrases"] = phrase * by_attribute(scale * image @ self.phrases(rng).T, targets)
+        if probe:
+            parts["probe"] = probe * by_attribute(self.probe(image), targets)
+        return sum(parts.values()), " ".join(f"{name} {value.item():.3f}" for name, value in parts.items())
 
-    def phrase_loss(self, image: Tensor, scale: Tensor, targets: Tensor, rng: random.Random) -> Tensor:
-        """Mean over the attributes of the cross-entropy between the values that a picture shows, each said once."""
-        heads = rng.choice(("a person with {}", "{}"))
-        said = {
-            name: [rng.choice(phrases(name, v)) if name == "style" else heads.format(rng.choice(phrases(name, v)))
-                   for v in values]
+    def phrases(self, rng: random.Random) -> Tensor:
+        """Embeddings of every value of every attribute, each said once."""
+        head = rng.choice(("a person with {}", "{}"))
+        said = [
+            rng.choice(phrases(name, value)) if name == "style" else head.format(rng.choice(phrases(name, value)))
             for name, values in LABELS.items()
-        }  # fmt: skip
-        tokens = self.table[self.tokenizer([text for texts in said.values() for text in texts])]
-        logits = scale * image @ self.model.encode_text(tokens, normalize=True).T
-        parts = logits.split([len(values) for values in LABELS.values()], dim=1)
-        losses = [F.cross_entropy(part, targets[:, i], ignore_index=-1) for i, part in enumerate(parts)]
-        return torch.stack(losses).mean()
+            for value in values
+        ]
+        return self.model.encode_text(self.table[self.tokenizer(said)], normalize=True)
+
+
+def by_attribute(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of the attributes that a picture shows: logits (B, all values), targets (B, A), -1 unknown."""
+    parts, total, whole = logits.split([len(values) for values in LABELS.values()], dim=1), 0.0, 0.0
+    for i, (name, part) in enumerate(zip(LABELS, parts, strict=True)):
+        weight = 4.0 if name in SMALL else 1.0
+        total += weight * F.cross_entropy(part, targets[:, i], ignore_index=-1)
+        whole += weight
+    return total / whole
 
 
 @torch.no_grad()
@@ -97,11 +124,14 @@ def job(rank: int, processes: int, data: Path, out: Path) -> None:
     pictures, labels = load(data, "train", 64)
     used = vocabulary(labels)
     model, images = build(len(used)), in_memory(pictures)
-    for name, count, muon, weight in PHASES:
+    values = sum(len(v) for v in LABELS.values())
+    both = nn.ModuleDict({"clip": model, "probe": nn.Sequential(Scaled(16.0), nn.Linear(CONFIG["embed_dim"], values))})
+    for name, count, muon, *weights in PHASES:
         plan = Plan(
             out / f"{name}.pt", count, batch=128, lr=muon / 20, seed=12, weight_decay=0.05, muon=muon, vectors=VECTORS
         )
-        model.load_state_dict(train(plan, model, Loss(model, images, labels, plan.share, weight)))
+        both.load_state_dict(train(plan, both, Loss(both, images, labels, plan.share, tuple(weights))))
+    torch.save({"ema": model.state_dict()}, out / "world_clip.pt")
     held_out, truth = load(data, "test", 64)
     print(zero_shot(model, in_memory(held_out), truth, token_table(used)), flush=True)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib
 import itertools
+import math
 import os
 import sys
 import weakref
@@ -233,15 +234,26 @@ def test_no_layer_is_the_hosts_to_move_in_the_middle_of_a_gradient(pack, write, 
 @every_format
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears")
 def test_the_memory_of_a_gradient_is_known(pack, latent, write, see, name):
-    """Against what torch's profiler saw at its peak."""
+    """Against what torch's profiler saw at its peak.
+
+    Kernels of CPUs without AVX2 first unfold what a convolution reads, k x k times as much, and drop it again.
+    """
     write(name)
     (decoder,) = see(name).view.modules
     x = some_latents(name, latent(name), 1, 8, 12).requires_grad_(True)
+    unfolded, plain = [0], torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+
+    def unfold(layer, inputs):
+        unfolded.append(inputs[0].nbytes * math.prod(layer.kernel_size))
+
+    for layer in decoder.modules():
+        if plain and isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_pre_hook(unfold)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         torch.autograd.grad(decoder(x).sum(), x)
     steps = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     peak = max(itertools.accumulate(event.nbytes() for event in steps if event.name() == "[memory]"))
-    assert peak < pack.memory.decoder_bytes(decoder, x.shape, 8) < 1.5 * peak
+    assert peak - max(unfolded) < pack.memory.decoder_bytes(decoder, x.shape, 8) < 1.5 * peak
 
 
 @every_format
