@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .controls import SDGGuidanceSchedule
 from .finetune import SDGFinetuneNoisyCLIP, SDGSaveNoisyCLIP
 from .guidance import (
     SDGCombineGuidance,
@@ -37,6 +38,7 @@ NODES: list[type[io.ComfyNode]] = [
     SDGStyleGuidance,
     SDGCombineGuidance,
     SDGGuidanceFrames,
+    SDGGuidanceSchedule,
     SDGGuidedKSampler,
     SDGApplyGuidance,
     SDGPaperSampler,

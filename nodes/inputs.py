@@ -85,6 +85,18 @@ def to_layers(layers: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def to_points(points: str) -> tuple[tuple[float, float], ...]:
+    """ "0:0, 0.3:1" -> ((0.0, 0.0), (0.3, 1.0)). Raises ValueError for anything but pairs of numbers and commas."""
+    pairs = [tuple(part.split(":")) for part in points.split(",") if part.strip()]
+    try:
+        return tuple((float(at), float(value)) for at, value in pairs)
+    except ValueError as error:
+        raise ValueError(
+            f"Got the points {shown(points)}; wanted pairs of numbers, part of the run : factor, separated by commas. "
+            "Write for example 0:0, 0.3:1, 1:0.2."
+        ) from error
+
+
 def to_frames(frames: str) -> tuple[int, ...]:
     """ "0, 2-4, -1" -> (0, 2, 3, 4, -1). Raises ValueError for anything but numbers, ranges and commas."""
     chosen: list[int] = []

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .controls import Curve, check_every
 from .features import Encoder, Features, gram, squared_distance, squared_size, unit
 from .precision import precise
 
@@ -155,7 +156,8 @@ class Term:
     ``start`` and ``end`` are fractions of the sampling run (0 is pure noise, 1 the finished picture). A negative scale
     pushes away. A combined guidance is a tuple of terms; its score is the sum of scale * score. ``fade`` weighs by the
     noise, where two encoders share the work. ``frames``: those of a video to guide, negative ones counted from the
-    end; None is all.
+    end; None is all. The other fields are ``controls``: ``curves`` multiply the scale over the run; the gradient is
+    taken at ``every`` k-th noise level only and reused between.
     """
 
     guidance: Guidance
@@ -165,6 +167,8 @@ class Term:
     end: float = 1.0
     fade: Fade | None = None
     frames: tuple[int, ...] | None = None
+    curves: tuple[Curve, ...] = ()
+    every: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= 1:
@@ -172,6 +176,12 @@ class Term:
                 f"Got a guidance that runs from {self.start} to {self.end}; wanted 0 <= start < end <= 1. "
                 "Set start below end, both as fractions of the run."
             )
+        check_every(self.every)
+
+    @property
+    def apart(self) -> bool:
+        """Whether a control needs this term's gradient by itself, from a pass of its own."""
+        return self.every > 1
 
 
 def combine(parts: Sequence[tuple[tuple[Term, ...], float]]) -> tuple[Term, ...]:

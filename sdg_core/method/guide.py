@@ -9,7 +9,7 @@ from .features import Encoder, reads_noise
 from .gradient import Sight
 from .precision import added
 from .references import Batch
-from .run import GuidanceRun, StepTrace
+from .run import GuidanceRun, Kept, StepTrace
 from .schedule import MIN_ALPHA, Convention, expand
 from .strength import bounded, rms
 
@@ -33,49 +33,82 @@ def guidance_shift(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRu
     if not bool((weights != 0).any()):
         return None
     grad, scores = guidance_gradient(batch, weights, run)
+    room = run.room(batch, weights)
     alpha, s = (expand(v, batch.x_t) for v in (run.convention.alpha(batch.sigma), batch.sigma))
     usable = alpha > MIN_ALPHA
     alpha = torch.where(usable, alpha, torch.ones_like(alpha))
     shift = torch.where(usable, s.square() / alpha * grad, torch.zeros_like(grad))
     step = (batch.x_t - alpha * batch.denoised) / alpha  # sigma / alpha * eps: the model's own step
-    shift, pull, capped = bounded(shift, rms(step), run.strength)
+    shift, pull, capped = bounded(shift, rms(step), run.strength, room)
     run.trace.append(StepTrace(float(sigma.flatten()[0]), scores, pull, capped))
     return batch.unfold(shift)
 
 
 def guidance_gradient(batch: Batch, weights: Tensor, run: GuidanceRun) -> tuple[Tensor, Tensor]:
     """grad_{x_t} F (B, C, H, W) and the scores (K, B), by every encoder that has a weight (K, B) here."""
+    apart = [k for k, term in enumerate(run.terms) if term.apart and bool((weights[k] != 0).any())]
     grad, scores = torch.zeros_like(batch.x_t), torch.zeros_like(weights)
-    for encoder, members, rows in run.active(weights, batch):
-        some = weights[members][:, rows]
-        part, part_scores = _encoder_gradient(encoder, members, batch.take(rows), some, run)
-        grad[rows] += part
+    for encoder, members, rows in run.active(_without(weights, apart), batch):
+        some, seen = weights[members][:, rows], batch.take(rows)
+        part, part_scores = _encoder_gradient(encoder, members, seen, some, run)
+        grad[rows] += _of_x_t(encoder, part, seen, run)
         scores[torch.tensor(members)[:, None], rows] = part_scores.to(scores)
+    for k in apart:
+        own, scores[k] = _own_gradient(k, weights[k] != 0, batch, run)
+        grad += expand(weights[k], own) * own
     return grad, scores
+
+
+def _without(weights: Tensor, apart: list[int]) -> Tensor:
+    """Weights (K, B) of the terms that share their pass."""
+    return weights.index_fill(0, torch.tensor(apart, device=weights.device), 0.0) if apart else weights
+
+
+def _own_gradient(k: int, wanted: Tensor, batch: Batch, run: GuidanceRun) -> tuple[Tensor, Tensor]:
+    """grad_{x_t} F_k (B, C, H, W) of one term by itself, without its weight, and its scores (B,), where ``wanted``.
+
+    The gradient last taken serves again where no new one is due; only what takes it to x_t is this noise level's own.
+    """
+    memory, level = run.memory(k), float(batch.sigma.max())
+    kept = memory.find(level, wanted, batch.x_t.shape)
+    if kept is None:
+        grad, score, weights = torch.zeros_like(batch.x_t), torch.zeros_like(batch.sigma), run.only(k, wanted)
+        for encoder, members, rows in run.active(weights, batch):
+            part, scores = _encoder_gradient(encoder, members, batch.take(rows), weights[members][:, rows], run)
+            grad[rows], score[rows] = part.to(grad), scores[0].to(score)
+        kept = memory.keep(level, Kept(grad, score, wanted))
+    return _of_x_t(run.terms[k].encoder, kept.grad, batch, run), kept.score
+
+
+def _of_x_t(encoder: Encoder, grad: Tensor, batch: Batch, run: GuidanceRun) -> Tensor:
+    """The gradient of x_t from that of what an encoder reads: x_t in its own scaling (SNR matching), or denoised.
+
+    The gradient of a score of denoised, G, counts as alpha v / (alpha^2 v + sigma^2) G, so that Tweedie's sigma^2 /
+    alpha turns it into the posterior variance, which is exact for Gaussian data of variance v per element.
+    """
+    x, sigma = batch.x_t, batch.sigma
+    if reads_noise(encoder):
+        view = run.view_of(encoder)
+        return grad / expand(encoder_noise(encoder, view.size(*x.shape[-2:]), sigma, run.convention)[1], x)
+    alpha = run.convention.alpha(sigma)
+    factor = alpha * run.variance / (alpha.square() * run.variance + sigma.square())
+    return grad * expand(factor, x)
 
 
 def _encoder_gradient(
     encoder: Encoder, members: list[int], batch: Batch, weights: Tensor, run: GuidanceRun
 ) -> tuple[Tensor, Tensor]:
-    """The part of one encoder, at one noise level: of x_t in its own scaling (SNR matching), or of denoised.
-
-    The gradient of a score of denoised, G, counts as alpha v / (alpha^2 v + sigma^2) G, so that Tweedie's sigma^2 /
-    alpha turns it into the posterior variance, which is exact for Gaussian data of variance v per element.
-    """
+    """The part of one encoder, at one noise level: of what it reads, x_t in its own scaling or denoised."""
     view, x, sigma = run.view_of(encoder), batch.x_t, batch.sigma
     terms = [run.terms[k] for k in members]
-    alpha = run.convention.alpha(sigma)
     if not reads_noise(encoder):
         sight = Sight(view, torch.ones_like(sigma), torch.zeros_like(sigma[:1]))
         targets = [run.references.target(k, run.terms[k].guidance, encoder, view, batch, None) for k in members]
-        grad, scores = run.chunks.gradient(encoder, terms, weights, targets, batch.denoised, sight)
-        factor = alpha * run.variance / (alpha.square() * run.variance + sigma.square())
-        return grad * expand(factor, x), scores
+        return run.chunks.gradient(encoder, terms, weights, targets, batch.denoised, sight)
     ratio, norm = encoder_noise(encoder, view.size(*x.shape[-2:]), sigma, run.convention)
-    sight = Sight(view, alpha / norm, encoder.table.timestep(ratio[:1]))
+    sight = Sight(view, run.convention.alpha(sigma) / norm, encoder.table.timestep(ratio[:1]))
     targets = [run.references.target(k, run.terms[k].guidance, encoder, view, batch, ratio[:1]) for k in members]
-    grad, scores = run.chunks.gradient(encoder, terms, weights, targets, x / expand(norm, x), sight)
-    return grad / expand(norm, x), scores
+    return run.chunks.gradient(encoder, terms, weights, targets, x / expand(norm, x), sight)
 
 
 def encoder_noise(

@@ -17,6 +17,12 @@ from .schedule import MIN_ALPHA, Convention
 from .strength import Strength
 from .views import PIXEL_VIEW, View
 
+GRADIENTS_KEPT = 2
+"""Gradients of a term that stay in memory for reuse: a sampler of higher order comes back to the one before."""
+
+BISECTIONS = 30
+"""Halvings of the run that find the part of it where a noise level is: to 1e-9, so that 7 decimals are exact."""
+
 
 @dataclass(frozen=True)
 class StepTrace:
@@ -29,6 +35,49 @@ class StepTrace:
     scores: Tensor
     pull: Tensor
     capped: Tensor
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A gradient to reuse: of one term's score, as the encoder's pass gave it (B, C, H, W), its scores (B,), and of
+    which samples they are known (B,)."""
+
+    grad: Tensor
+    score: Tensor
+    known: Tensor
+
+
+@dataclass
+class Memory:
+    """Gradients of one term by noise level, for ``every`` k-th level to serve those after it.
+
+    Model calls are taken in the order of their noise, not of time: samplers of higher order look ahead and come back.
+    ``levels`` are the noise levels seen since the oldest gradient kept.
+    """
+
+    every: int
+    kept: dict[float, Kept] = field(default_factory=dict)
+    levels: set[float] = field(default_factory=set)
+
+    def find(self, level: float, wanted: Tensor, shape: torch.Size) -> Kept | None:
+        """The gradient to reuse at a noise level for the samples ``wanted`` (B,), None where a new one is due."""
+        self.levels.add(level)
+        above = [s for s in self.kept if s >= level]
+        if not above:
+            return None
+        kept = self.kept[min(above)]
+        steps = sum(level <= s < min(above) for s in self.levels)
+        fits = kept.grad.shape == shape and not bool((wanted & ~kept.known).any())
+        return kept if fits and steps < self.every else None
+
+    def keep(self, level: float, kept: Kept) -> Kept:
+        """Keeps a gradient, and forgets all but the latest two."""
+        self.kept.pop(level, None)
+        self.kept[level] = kept
+        for old in list(self.kept)[:-GRADIENTS_KEPT]:
+            del self.kept[old]
+        self.levels = {s for s in self.levels if s <= max(self.kept)}
+        return kept
 
 
 @dataclass
@@ -49,11 +98,16 @@ class GuidanceRun:
     trace: list[StepTrace] = field(default_factory=list)
     references: References = field(default_factory=References)
     chunks: Chunks = field(default_factory=Chunks)
+    memories: dict[int, Memory] = field(default_factory=dict)
 
-    def weights(self, sigma: Tensor, frame: Tensor | None = None, frames: int = 1) -> Tensor:
+    def memory(self, k: int) -> Memory:
+        """What term k keeps between model calls."""
+        return self.memories.setdefault(k, Memory(self.terms[k].every))
+
+    def weights(self, sigma: Tensor, frame: Tensor | None = None, frames: int = 1, curved: bool = True) -> Tensor:
         """Scale of every term at sigma (B,): (K, B), 0 outside its interval and where x_t holds no signal.
 
-        ``frame`` (B,) counts 0..frames - 1 where the samples are frames of videos.
+        ``frame`` (B,) counts 0..frames - 1 where the samples are frames of videos. ``curved``: times the terms' curves.
         """
         sigma = precise(sigma)
         alpha = self.convention.alpha(sigma)
@@ -66,7 +120,37 @@ class GuidanceRun:
             if term.frames is not None and frame is not None:
                 chosen = torch.tensor([f % frames for f in check_frames(term.frames, frames)], device=frame.device)
                 row.mul_(torch.isin(frame, chosen))
+            for curve in term.curves if curved else ():
+                row.mul_(curve(self.percent(sigma)))
         return weights
+
+    def percent(self, sigma: Tensor) -> Tensor:
+        """The part of the run (B,) where the noise is sigma (B,): the inverse of ``percent_to_sigma``, by bisection."""
+        found = torch.zeros_like(sigma)
+        for level in torch.unique(sigma):
+            low, high = 0.0, 1.0
+            for _ in range(BISECTIONS):
+                middle = (low + high) / 2
+                low, high = (middle, high) if self.percent_to_sigma(middle) > level else (low, middle)
+            found[sigma == level] = round(low, 7)
+        return found
+
+    def only(self, k: int, wanted: Tensor) -> Tensor:
+        """Weights (K, B) of 1 for term k where ``wanted`` (B,), 0 for all others."""
+        weights = torch.zeros(len(self.terms), len(wanted), device=wanted.device)
+        weights[k] = wanted.to(weights)
+        return weights
+
+    def room(self, batch: Batch, weights: Tensor) -> Tensor | None:
+        """What part (B,) of the shift's bound the terms leave to it, None for all of it.
+
+        Relative strength sets the shift's size whatever the scales, so there curves c_k count in it:
+        sum_k |w_k c_k| / sum_k |w_k|.
+        """
+        if self.strength.mode == "absolute" or not any(term.curves for term in self.terms):
+            return None
+        full = self.weights(batch.sigma, batch.frame, batch.frames, curved=False).abs().sum(dim=0)
+        return weights.abs().sum(dim=0) / torch.where(full > 0, full, torch.ones_like(full))
 
     def active(self, weights: Tensor, batch: Batch) -> list[tuple[Encoder, list[int], Tensor]]:
         """What to do for weights (K, B): (encoder, numbers of its terms, samples (b,)), one pass each.

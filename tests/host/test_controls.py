@@ -1,0 +1,92 @@
+"""The controls as nodes: on the host's samplers, on single and combined guidances."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+BLANK = [[None, {}]]
+WHOLE = {"start_percent": 0.0, "end_percent": 1.0}
+
+
+@pytest.fixture(scope="module")
+def sample(run, adm):
+    """sample(guidance, **changes) -> two pictures of the Guided KSampler."""
+
+    def go(guidance=None, **changes):
+        inputs = {
+            "seed": 7, "steps": 6, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0,
+            "strength": "absolute", "cap": 1.0, "positive": BLANK, "negative": BLANK,
+            "latent_image": {"samples": torch.zeros(2, 3, 16, 16)},
+        }  # fmt: skip
+        return run("SDGGuidedKSampler", model=adm, guidance=guidance, **(inputs | changes))["samples"]
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def text(run, noisy_clip):
+    return run("SDGTextGuidance", noisy_clip=noisy_clip, text="a red hat", scale=150.0, **WHOLE)
+
+
+@pytest.fixture(scope="module")
+def content(run, noisy_clip):
+    image = torch.rand(1, 20, 24, 3, generator=torch.Generator().manual_seed(0))
+    return run("SDGContentGuidance", noisy_clip=noisy_clip, image=image, scale=200.0, **WHOLE)
+
+
+@pytest.fixture(scope="module")
+def both(run, text, content):
+    return run("SDGCombineGuidance", guidance_1=text, guidance_2=content)
+
+
+@pytest.fixture
+def encoded(pack, noisy_clip, monkeypatch):
+    """Counts the encoder's calls."""
+    calls, forward = [], type(noisy_clip.model).forward
+
+    def counted(self, image, t, depth):
+        calls.append(len(image))
+        return forward(self, image, t, depth)
+
+    monkeypatch.setattr(type(noisy_clip.model), "forward", counted)
+    return calls
+
+
+def schedule(run, guidance, curve="constant", points="0:1, 1:0", every=1):
+    return run("SDGGuidanceSchedule", guidance=guidance, curve=curve, points=points, every=every)
+
+
+def test_a_schedule_by_default_changes_no_bit(run, sample, both):
+    assert torch.equal(sample(schedule(run, both)), sample(both))
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2", "dpmpp_2m"])
+def test_a_schedule_of_zero_leaves_the_hosts_bits(run, sample, both, sampler):
+    assert torch.equal(sample(schedule(run, both, points="0:0"), sampler_name=sampler), sample(sampler_name=sampler))
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2"])
+def test_every_second_step_halves_the_encoders_calls(run, sample, content, encoded, sampler):
+    sample(content, sampler_name=sampler)
+    every, encoded[:] = len(encoded), []
+    sample(schedule(run, content, every=2), sampler_name=sampler)
+    print(f"{sampler}: {every} calls, every second step {len(encoded)}")
+    assert len(encoded) <= every / 2 + 2
+
+
+def test_a_schedule_acts_where_its_curve_does(run, sample, text):
+    """Two curves that add up to 1 over disjoint parts act in disjoint steps."""
+    early, late = (schedule(run, text, points=points) for points in ("0:1, 0.5:0", "0:0, 0.5:1"))
+    plain = sample()
+    assert all(not torch.equal(sample(part), plain) for part in (early, late))
+    together = run("SDGCombineGuidance", guidance_1=early, guidance_2=late)
+    assert torch.allclose(sample(together), sample(text), atol=1e-5)
+
+
+@pytest.mark.parametrize("points", ["fast", "0:1:2", "0", "0:1, half:2"])
+def test_points_that_are_none_are_refused(run, text, points):
+    with pytest.raises(ValueError, match=r"Got the points .*pairs of numbers"):
+        schedule(run, text, points=points)
+    with pytest.raises(ValueError, match="rising"):
+        schedule(run, text, points="0.5:1, 0.2:1")
