@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .controls import SDGGuidanceSchedule
+from .controls import SDGGuidanceMask, SDGGuidanceSchedule
 from .finetune import SDGFinetuneNoisyCLIP, SDGSaveNoisyCLIP
 from .guidance import (
     SDGCombineGuidance,
@@ -39,6 +39,7 @@ NODES: list[type[io.ComfyNode]] = [
     SDGCombineGuidance,
     SDGGuidanceFrames,
     SDGGuidanceSchedule,
+    SDGGuidanceMask,
     SDGGuidedKSampler,
     SDGApplyGuidance,
     SDGPaperSampler,

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from comfy_api.latest import io
+from torch import Tensor
 
-from ..sdg_core.method import EASES, Curve, Term
+from ..sdg_core.method import EASES, Curve, Region, Term
 from . import host
 from .guidance import GuidanceSocket, guidance_output
-from .inputs import to_points
+from .inputs import check_finite, to_mask, to_points
 
 POINTS = "0:1, 1:0"
 
@@ -67,3 +68,55 @@ class SDGGuidanceSchedule(io.ComfyNode):
         return modified(
             guidance, lambda term: replace(term, curves=(*term.curves, shape), every=max(every, term.every))
         )
+
+
+class SDGGuidanceMask(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SDGGuidanceMask",
+            display_name="Guidance Mask (SDG)",
+            category="SDG/guidance",
+            description="Says where a guidance acts, and which part of its reference it reads. Use it to guide one "
+            "region, or to take a style from a detail.",
+            inputs=[
+                guidance_input(),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White: where the picture is read and pulled. Outside nothing is changed. Any size; "
+                    "several are one for each picture or frame. Empty: everywhere.",
+                ),
+                io.Mask.Input(
+                    "reference_mask",
+                    optional=True,
+                    tooltip="White: the part of the reference picture that is read. Any size; one for all references, "
+                    "or one for each. Empty: all of it.",
+                ),
+                io.Float.Input(
+                    "feather",
+                    default=0.0,
+                    min=0.0,
+                    max=0.5,
+                    step=0.01,
+                    round=0.001,
+                    optional=True,
+                    tooltip="Softens the masks' edges inwards, over this part of the picture. 0 is a sharp edge. "
+                    "Usual: 0 to 0.1.",
+                ),
+            ],
+            outputs=[guidance_output()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        guidance: host.HostGuidance,
+        mask: Tensor | None = None,
+        reference_mask: Tensor | None = None,
+        feather: float = 0.0,
+    ) -> io.NodeOutput:
+        check_finite(feather=feather)
+        region = Region(to_mask(mask, "mask"), to_mask(reference_mask, "reference_mask"), feather)
+        empty = region.picture is None and region.reference is None
+        return modified(guidance, lambda term: term if empty else replace(term, region=region))

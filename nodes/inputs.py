@@ -64,6 +64,19 @@ def check_image(image: Tensor) -> Tensor:
     return image
 
 
+def to_mask(mask: Tensor | None, name: str) -> Tensor | None:
+    """MASK (N, H, W) or (H, W) in 0..1 -> (N, 1, H, W), float32; None where nothing is connected. Raises ValueError for
+    other shapes."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 3) or 0 in mask.shape or not bool(mask.isfinite().all()):
+        raise ValueError(
+            f"The input {name} got {shown(mask)}; wanted a MASK of finite numbers, (batch, height, width). Connect "
+            "one, for example from Load Image or Load Image (as Mask)."
+        )
+    return mask.to(torch.float32).clamp(0, 1).reshape(-1, 1, *mask.shape[-2:]).contiguous()
+
+
 def to_prompt(text: str) -> str:
     """The text without blank ends. Raises ValueError where nothing is left."""
     if not text.strip():

@@ -6,7 +6,7 @@ Read in this order: ``schedule`` (x_t = alpha x_0 + sigma eps), ``views`` (what 
 alpha grad F). It knows encoders by their contract only, and no host.
 """
 
-from .controls import EASES, Curve, Ease
+from .controls import EASES, Curve, Ease, Region, feathered
 from .features import Encoder, Features, NoisyEncoder, embedding, gram, squared_distance, squared_size, unit
 from .gradient import Sight, Target, as_normal, gradient_scope, score_gradient
 from .guidance import (
@@ -54,6 +54,7 @@ __all__ = [
     "LinearView",
     "NoisyEncoder",
     "PixelView",
+    "Region",
     "Sight",
     "StepTrace",
     "Strength",
@@ -72,6 +73,7 @@ __all__ = [
     "embedding",
     "encoder_noise",
     "expand",
+    "feathered",
     "fit",
     "gradient_scope",
     "gram",

@@ -1,4 +1,4 @@
-"""The artists' controls: when a guidance acts. Each is one field of a ``Term``; without any, nothing changes.
+"""The artists' controls: when and where a guidance acts. Each is one field of a ``Term``; without any, nothing changes.
 
 Controls that need the gradient of one guidance by itself make its term stand *apart*: it gets a pass of its own. All
 others go on sharing one pass.
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Ease = Literal["constant", "linear", "ease in", "ease out", "ease in and out"]
@@ -61,6 +62,62 @@ class Curve:
         part = ((percent - p[left]) / (p[right] - p[left]).clamp(min=1e-12)).clamp(0, 1)
         between = v[left] + (v[right] - v[left]) * _EASED[self.ease](part)
         return torch.where(percent >= p[right], v[right], between)
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """Where a guidance reads and acts, by masks m (N, 1, h, w) in 0..1: 1 inside, 0 outside.
+
+        shift' = m * shift,   the encoder sees m * picture + (1 - m) * grey
+
+    and distances of maps and Gram matrices average over places with the weight m. ``picture``: for what is sampled, one
+    mask, or one for each picture (each frame of a video). ``reference``: for the references, one or one each. None is
+    everywhere. m rises from 0 at the mask's edge to 1 over ``feather``, a part of its shorter side, inwards.
+    """
+
+    picture: Tensor | None = None
+    reference: Tensor | None = None
+    feather: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.feather <= 0.5:
+            raise ValueError(f"Got a feather of {self.feather}; wanted 0 (a sharp edge) to 0.5, a part of the picture.")
+        for name, mask in (("mask", self.picture), ("reference mask", self.reference)):
+            if mask is not None and not bool((feathered(mask, self.feather) > 0).any()):
+                raise ValueError(
+                    f"Got a {name} of which nothing is left at a feather of {self.feather}; wanted some place to act. "
+                    "Draw a larger one, or lower feather."
+                )
+
+    def of_picture(self, number: Tensor, size: tuple[int, int]) -> Tensor | None:
+        """The masks (B, 1, H, W) of the pictures of these numbers (B,) at a size; None is everywhere."""
+        if self.picture is None:
+            return None
+        mask = F.interpolate(feathered(self.picture, self.feather).to(number.device), size, mode="area")
+        return mask[number % len(mask)]
+
+    def of_references(self, count: int, size: tuple[int, int]) -> Tensor | None:
+        """The masks (count or 1, 1, H, W) of references at a size. Raises ValueError where their numbers differ."""
+        if self.reference is None:
+            return None
+        if len(self.reference) not in (1, count):
+            raise ValueError(
+                f"Got {len(self.reference)} reference masks for {count} reference pictures; wanted one for all, or one "
+                "for each. Connect another reference_mask."
+            )
+        return F.interpolate(feathered(self.reference, self.feather), size, mode="area")
+
+
+def feathered(mask: Tensor, feather: float) -> Tensor:
+    """A mask (N, 1, h, w) whose edge rises over ``feather`` of the shorter side, inwards: 0 stays 0, exactly.
+
+    m' = m * max(0, 2 mean(m) - 1), the mean over a square of that radius; the picture's own border is no edge.
+    """
+    radius = round(feather * min(mask.shape[-2:]))
+    if radius == 0:
+        return mask
+    wide = F.pad(mask, (radius,) * 4, mode="replicate")
+    return mask * (2 * F.avg_pool2d(wide, 2 * radius + 1, stride=1) - 1).clamp(min=0)
 
 
 def check_every(every: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,16 +60,40 @@ def as_normal(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Window:
+    """A mask (B, 1, h, w) on what the encoder sees, and the picture (1, 3, h, w) that stands outside."""
+
+    mask: Tensor
+    blank: Tensor
+
+    def take(self, rows: slice) -> Window:
+        return Window(self.mask[rows], self.blank)
+
+    def normal(self) -> Window:
+        return Window(as_normal(self.mask).clone(), as_normal(self.blank).clone())
+
+
+@dataclass(frozen=True)
 class Sight:
     """What the encoder looks at in one evaluation: ``view`` of a tensor x of which ``signal`` (B,) is x_0, at timestep
-    t (1 or B,)."""
+    t (1 or B,), through a ``window`` if there is one."""
 
     view: View
     signal: Tensor
     t: Tensor
+    window: Window | None = None
 
     def take(self, rows: slice) -> Sight:
-        return Sight(self.view, self.signal[rows], self.t if len(self.t) == 1 else self.t[rows])
+        window = None if self.window is None else self.window.take(rows)
+        return Sight(self.view, self.signal[rows], self.t if len(self.t) == 1 else self.t[rows], window)
+
+    def features(self, encoder: Encoder, picture: Tensor, depth: int) -> Features:
+        """What the encoder gives of the picture (B, 3, h, w)."""
+        if self.window is None:
+            return encoder(picture, as_normal(self.t).clone(), depth)
+        window = self.window.normal()
+        shown = window.mask * picture + (1 - window.mask) * window.blank
+        return replace(encoder(shown, as_normal(self.t).clone(), depth), where=window.mask)
 
 
 def score_gradient(
@@ -89,7 +113,7 @@ def score_gradient(
     with gradient_scope(*([encoder] if isinstance(encoder, nn.Module) else []), *sight.view.modules):
         x = precise(x.detach()).clone().requires_grad_(True)
         picture = precise(sight.view.picture(x, as_normal(sight.signal).clone()))
-        features = encoder(picture, as_normal(sight.t).clone(), depth)
+        features = sight.features(encoder, picture, depth)
         scores = torch.stack(
             [target.score(term.guidance, features) for term, target in zip(terms, targets, strict=True)]
         )
@@ -179,4 +203,4 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 def _normal(features: Features) -> Features:
-    return Features(tuple(map(as_normal, features.maps)), None if features.embed is None else as_normal(features.embed))
+    return features.map(as_normal)

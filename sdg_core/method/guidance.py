@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .controls import Curve, check_every
-from .features import Encoder, Features, gram, squared_distance, squared_size, unit
+from .controls import Curve, Region, check_every
+from .features import Encoder, Features, counts, gram, squared_distance, squared_size, unit
 from .precision import precise
 
 Kind = Literal["text", "content", "structure", "style"]
@@ -97,17 +97,19 @@ class StructureGuidance:
 
     image: Tensor
     layers: tuple[int, ...] = (3,)
+    aligned = True
 
     def depth(self, encoder: Encoder) -> int:
         return max(check_layers(self.layers, encoder))
 
     def target(self, look: Look) -> Features:
-        maps = look(self.image, max(self.layers)).maps
-        return Features(tuple(maps[layer - 1] for layer in self.layers))
+        seen = look(self.image, max(self.layers))
+        maps = seen.maps
+        return Features(tuple(maps[layer - 1] for layer in self.layers), where=seen.where)
 
     def score(self, features: Features, target: Features) -> Tensor:
         seen = [features.maps[layer - 1] for layer in self.layers]
-        return _closeness(seen, target)
+        return _closeness(seen, target, features.where)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,11 +127,15 @@ class StyleGuidance:
         return max(check_layers(self.layers, encoder))
 
     def target(self, look: Look) -> Features:
-        maps = look(self.image, max(self.layers)).maps
-        return Features(tuple(gram(maps[layer - 1], self.centred) for layer in self.layers))
+        seen = look(self.image, max(self.layers))
+        return Features(self.grams(seen))
 
     def score(self, features: Features, target: Features) -> Tensor:
-        return _closeness([gram(features.maps[layer - 1], self.centred) for layer in self.layers], target)
+        return _closeness(self.grams(features), target)
+
+    def grams(self, features: Features) -> tuple[Tensor, ...]:
+        """The Gram matrices (B, C, C) of its layers."""
+        return tuple(gram(features.maps[layer - 1], self.centred, features.where) for layer in self.layers)
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,7 @@ class Term:
     pushes away. A combined guidance is a tuple of terms; its score is the sum of scale * score. ``fade`` weighs by the
     noise, where two encoders share the work. ``frames``: those of a video to guide, negative ones counted from the
     end; None is all. The other fields are ``controls``: ``curves`` multiply the scale over the run; the gradient is
-    taken at ``every`` k-th noise level only and reused between.
+    taken at ``every`` k-th noise level only and reused between; ``region`` bounds what is read and shifted.
     """
 
     guidance: Guidance
@@ -169,6 +175,7 @@ class Term:
     frames: tuple[int, ...] | None = None
     curves: tuple[Curve, ...] = ()
     every: int = 1
+    region: Region | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= 1:
@@ -181,7 +188,7 @@ class Term:
     @property
     def apart(self) -> bool:
         """Whether a control needs this term's gradient by itself, from a pass of its own."""
-        return self.every > 1
+        return self.every > 1 or (self.region is not None and self.region.picture is not None)
 
 
 def combine(parts: Sequence[tuple[tuple[Term, ...], float]]) -> tuple[Term, ...]:
@@ -219,14 +226,19 @@ def _cosine(features: Features, target: Features) -> Tensor:
     return (seen @ target.embed.to(seen.dtype).T).mean(dim=1)
 
 
-def _closeness(seen: Sequence[Tensor], target: Features) -> Tensor:
+def _closeness(seen: Sequence[Tensor], target: Features, where: Tensor | None = None) -> Tensor:
     """Minus the relative squared distance, averaged over layers and references: (B, ...) per layer -> (B,).
 
-    ``target.maps`` holds the wanted values (R, ...) of the same layers.
+    ``target.maps`` holds the wanted values (R, ...) of the same layers. Places of maps count as ``where`` (B, 1, h, w)
+    and the references' own say.
     """
-    distances = [
-        squared_distance(layer, reference[None]) / squared_size(reference[None])
-        for layer, wanted in zip(seen, target.maps, strict=True)
-        for reference in wanted
-    ]
+    distances = []
+    for layer, wanted in zip(seen, target.maps, strict=True):
+        for r, reference in enumerate(wanted):
+            a, b = layer, reference[None]
+            for part in (where, None if target.where is None else target.where[r % len(target.where)][None]):
+                if part is not None:
+                    root = counts(part, layer).sqrt()
+                    a, b = precise(a) * root, precise(b) * root
+            distances.append(squared_distance(a, b) / squared_size(b))
     return -torch.stack(distances).mean(dim=0)

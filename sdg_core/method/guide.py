@@ -8,7 +8,7 @@ from torch import Tensor
 from .features import Encoder, reads_noise
 from .gradient import Sight
 from .precision import added
-from .references import Batch
+from .references import Batch, window
 from .run import GuidanceRun, Kept, StepTrace
 from .schedule import MIN_ALPHA, Convention, expand
 from .strength import bounded, rms
@@ -55,7 +55,8 @@ def guidance_gradient(batch: Batch, weights: Tensor, run: GuidanceRun) -> tuple[
         scores[torch.tensor(members)[:, None], rows] = part_scores.to(scores)
     for k in apart:
         own, scores[k] = _own_gradient(k, weights[k] != 0, batch, run)
-        grad += expand(weights[k], own) * own
+        mask = batch.mask(run.terms[k], (own.shape[-2], own.shape[-1]))
+        grad += expand(weights[k], own) * (own if mask is None else mask * own)
     return grad, scores
 
 
@@ -102,12 +103,14 @@ def _encoder_gradient(
     view, x, sigma = run.view_of(encoder), batch.x_t, batch.sigma
     terms = [run.terms[k] for k in members]
     if not reads_noise(encoder):
-        sight = Sight(view, torch.ones_like(sigma), torch.zeros_like(sigma[:1]))
-        targets = [run.references.target(k, run.terms[k].guidance, encoder, view, batch, None) for k in members]
+        seen = window(terms[0], view, batch, None)
+        sight = Sight(view, torch.ones_like(sigma), torch.zeros_like(sigma[:1]), seen)
+        targets = [run.references.target(k, run.terms[k], view, batch, None) for k in members]
         return run.chunks.gradient(encoder, terms, weights, targets, batch.denoised, sight)
     ratio, norm = encoder_noise(encoder, view.size(*x.shape[-2:]), sigma, run.convention)
-    sight = Sight(view, run.convention.alpha(sigma) / norm, encoder.table.timestep(ratio[:1]))
-    targets = [run.references.target(k, run.terms[k].guidance, encoder, view, batch, ratio[:1]) for k in members]
+    seen = window(terms[0], view, batch, ratio[:1])
+    sight = Sight(view, run.convention.alpha(sigma) / norm, encoder.table.timestep(ratio[:1]), seen)
+    targets = [run.references.target(k, run.terms[k], view, batch, ratio[:1]) for k in members]
     return run.chunks.gradient(encoder, terms, weights, targets, x / expand(norm, x), sight)
 
 

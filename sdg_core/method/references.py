@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from .features import Encoder, Features, reads_noise
-from .gradient import Target
-from .guidance import Guidance, fit
+from .gradient import Target, Window
+from .guidance import Guidance, Term, fit
 from .precision import precise
 from .views import View
 
@@ -28,12 +28,14 @@ CLEAN = -1.0
 class Batch:
     """What one model evaluation gave, as pictures: x_t and denoised (B, C, H, W) at sigma (B,), at least float32.
 
-    Frames of videos are samples like others; ``frame`` (B,) then counts them from 0 to ``frames`` - 1.
+    Frames of videos are samples like others; ``frame`` (B,) then counts them from 0 to ``frames`` - 1. ``item`` (B,)
+    counts the pictures, or videos, of the batch.
     """
 
     x_t: Tensor
     denoised: Tensor
     sigma: Tensor
+    item: Tensor
     frame: Tensor | None = None
     frames: int = 1
 
@@ -46,7 +48,7 @@ class Batch:
         x, d = precise(x_t.detach()), precise(denoised.detach())
         sigma = precise(sigma).expand(len(x_t))
         if x_t.ndim == 4:
-            return cls(x, d, sigma)
+            return cls(x, d, sigma, torch.arange(len(x), device=sigma.device))
         if x_t.ndim != 5:
             raise ValueError(
                 f"Got a latent of shape {tuple(x_t.shape)}; guidance reads pictures (batch, channels, height, width) "
@@ -54,12 +56,19 @@ class Batch:
             )
         B, T = x_t.shape[0], x_t.shape[2]
         x, d = (v.transpose(1, 2).flatten(0, 1) for v in (x, d))
-        return cls(x, d, sigma.repeat_interleave(T), torch.arange(T, device=sigma.device).repeat(B), T)
+        item, frame = torch.arange(B, device=sigma.device), torch.arange(T, device=sigma.device)
+        return cls(x, d, sigma.repeat_interleave(T), item.repeat_interleave(T), frame.repeat(B), T)
 
     def take(self, rows: Tensor) -> Batch:
         """Some of its samples."""
         frame = None if self.frame is None else self.frame[rows]
-        return Batch(self.x_t[rows], self.denoised[rows], self.sigma[rows], frame, self.frames)
+        return Batch(self.x_t[rows], self.denoised[rows], self.sigma[rows], self.item[rows], frame, self.frames)
+
+    def mask(self, term: Term, size: tuple[int, int]) -> Tensor | None:
+        """Where a term acts, (B, 1, h, w) at a size; None is everywhere. Of several masks each frame has its own."""
+        number = self.item if self.frame is None else self.frame
+        mask = None if term.region is None else term.region.of_picture(number, size)
+        return None if mask is None else mask.to(self.x_t)
 
     def unfold(self, shift: Tensor) -> Tensor:
         """(B T, C, H, W) back to the shape that came in."""
@@ -76,35 +85,68 @@ class References:
 
     known: dict[float, dict[int, Features]] = field(default_factory=dict)
 
-    def target(
-        self, k: int, guidance: Guidance, encoder: Encoder, view: View, batch: Batch, ratio: Tensor | None
-    ) -> Target:
-        """The target of term k at the noise ``ratio`` (1,), None where references are looked at clean."""
+    def target(self, k: int, term: Term, view: View, batch: Batch, ratio: Tensor | None) -> Target:
+        """The target of a term, number k, at the noise ``ratio`` (1,), None where references are looked at clean."""
         level = self.known.setdefault(CLEAN if ratio is None else float(ratio[0]), {})
         if k not in level:
-            see = functools.partial(look, encoder, view, batch.x_t, ratio)
-            level[k] = guidance.target(see).to(batch.x_t.device)
+            see = functools.partial(look, term, view, batch.x_t, ratio)
+            level[k] = term.guidance.target(see).to(batch.x_t.device)
         noisy = [key for key in self.known if key != CLEAN]
         for key in noisy[:-LEVELS_KEPT]:
             del self.known[key]
-        return Target(level[k], _of_frames(guidance, batch))
+        return Target(level[k], _of_frames(term.guidance, batch))
 
 
-def look(encoder: Encoder, view: View, x_t: Tensor, ratio: Tensor | None, image: Tensor, depth: int | None) -> Features:
-    """Features of references (R, 3, h, w) at the size of the view, with the fixed noise at ratio (1,), if any.
-
-    In VP scaling, through the view: (x'_0 + ratio * eps) / sqrt(1 + ratio^2).
-    """
+def look(term: Term, view: View, x_t: Tensor, ratio: Tensor | None, image: Tensor, depth: int | None) -> Features:
+    """Features of references (R, 3, h, w) at the size of the view, with the fixed noise at ratio (1,), if any."""
+    encoder = term.encoder
     x_0 = fit(image.to(x_t), *view.size(*x_t.shape[-2:]))
+    mask = _reference_mask(term, image, x_0)
+    x_0 = x_0 if mask is None else mask * x_0
     depth = depth or encoder.full_depth
     with torch.no_grad():
-        if ratio is None:
-            return encoder(x_0, torch.zeros(1, device=x_t.device), depth)
-        assert reads_noise(encoder)
-        generator = torch.Generator().manual_seed(REFERENCE_SEED)
-        noise = view.noise(torch.randn(1, *x_t.shape[1:], generator=generator).to(x_t))
-        u = (x_0 + noise * ratio / encoder.noise_gain(*x_0.shape[-2:])) / (1 + ratio.square()).sqrt()
-        return encoder(u, encoder.table.timestep(ratio), depth)
+        t = torch.zeros(1, device=x_t.device)
+        if ratio is not None:
+            assert reads_noise(encoder)
+            t = encoder.table.timestep(ratio)
+        return replace(encoder(noised(encoder, view, x_t, ratio, x_0), t, depth), where=mask)
+
+
+def noised(encoder: Encoder, view: View, x_t: Tensor, ratio: Tensor | None, x_0: Tensor) -> Tensor:
+    """Pictures x_0 (R, 3, h, w) with the fixed noise at ratio (1,), if any.
+
+    In VP scaling, through the view: (x_0 + ratio * eps) / sqrt(1 + ratio^2).
+    """
+    if ratio is None:
+        return x_0
+    generator = torch.Generator().manual_seed(REFERENCE_SEED)
+    noise = view.noise(torch.randn(1, *x_t.shape[1:], generator=generator).to(x_t))
+    return (x_0 + noise * ratio / encoder.noise_gain(*x_0.shape[-2:])) / (1 + ratio.square()).sqrt()
+
+
+def window(term: Term, view: View, batch: Batch, ratio: Tensor | None) -> Window | None:
+    """What the encoder sees of a batch at the noise ratio (1,), if any: outside the term's mask grey, as noisy."""
+    mask = batch.mask(term, view.size(*batch.x_t.shape[-2:]))
+    if mask is None:
+        return None
+    grey = torch.zeros(1, 3, *mask.shape[-2:]).to(batch.x_t)
+    return Window(mask, noised(term.encoder, view, batch.x_t, ratio, grey))
+
+
+def _reference_mask(term: Term, image: Tensor, x_0: Tensor) -> Tensor | None:
+    """What is read of references ``image`` that became x_0 (R, 3, H, W): their own mask, and that of the picture where
+    places are compared."""
+    if term.region is None:
+        return None
+    masks = []
+    own = term.region.of_references(len(image), (image.shape[-2], image.shape[-1]))
+    if own is not None:
+        masks.append(fit(own.to(x_0), *x_0.shape[-2:]).clamp(0, 1))
+    if getattr(term.guidance, "aligned", False) and term.region.picture is not None and len(term.region.picture) == 1:
+        place = term.region.of_picture(torch.zeros(1, dtype=torch.long), (x_0.shape[-2], x_0.shape[-1]))
+        assert place is not None
+        masks.append(place.to(x_0))
+    return functools.reduce(torch.mul, masks).expand(len(x_0), -1, -1, -1) if masks else None
 
 
 def _of_frames(guidance: Guidance, batch: Batch) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from .gradient import Chunks
 from .guidance import Term
 from .precision import precise
 from .references import Batch, References
-from .schedule import MIN_ALPHA, Convention
+from .schedule import MIN_ALPHA, Convention, expand
 from .strength import Strength
 from .views import PIXEL_VIEW, View
 
@@ -145,12 +146,19 @@ class GuidanceRun:
         """What part (B,) of the shift's bound the terms leave to it, None for all of it.
 
         Relative strength sets the shift's size whatever the scales, so there curves c_k count in it:
-        sum_k |w_k c_k| / sum_k |w_k|.
+        sum_k |w_k c_k| / sum_k |w_k|. And the bound holds where masks m_k let terms act: sqrt(mean(max_k m_k)).
         """
-        if self.strength.mode == "absolute" or not any(term.curves for term in self.terms):
-            return None
-        full = self.weights(batch.sigma, batch.frame, batch.frames, curved=False).abs().sum(dim=0)
-        return weights.abs().sum(dim=0) / torch.where(full > 0, full, torch.ones_like(full))
+        parts = []
+        if self.strength.mode == "relative" and any(term.curves for term in self.terms):
+            full = self.weights(batch.sigma, batch.frame, batch.frames, curved=False).abs().sum(dim=0)
+            parts.append(weights.abs().sum(dim=0) / torch.where(full > 0, full, torch.ones_like(full)))
+        size = batch.x_t.shape[-2:]
+        masks = [batch.mask(term, (size[0], size[1])) for term in self.terms]
+        if any(mask is not None for mask in masks):
+            acts = [(m if m is not None else torch.ones_like(batch.x_t[:, :1])) * expand(w != 0, batch.x_t)
+                    for m, w in zip(masks, weights, strict=True)]  # fmt: skip
+            parts.append(torch.stack(acts).amax(dim=0).flatten(1).mean(dim=1).sqrt())
+        return functools.reduce(torch.mul, parts) if parts else None
 
     def active(self, weights: Tensor, batch: Batch) -> list[tuple[Encoder, list[int], Tensor]]:
         """What to do for weights (K, B): (encoder, numbers of its terms, samples (b,)), one pass each.

@@ -16,12 +16,16 @@ from sdg_core.method import (
     Convention,
     Curve,
     GuidanceRun,
+    Region,
     Strength,
     StructureGuidance,
     StyleGuidance,
     Term,
     TextGuidance,
+    feathered,
+    gram,
     guide,
+    rms,
 )
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -184,3 +188,129 @@ def test_a_batch_with_reuse_equals_its_samples_alone(encoder, kinds, step):
 def test_every_less_than_one_is_refused(tiny_encoder, kinds):
     with pytest.raises(ValueError, match="every 0 steps; wanted 1"):
         Term(kinds["text"], tiny_encoder(), 5.0, every=0)
+
+
+# Where
+
+KINDS = ["text", "content", "structure", "style", "style_centred"]
+
+
+@pytest.fixture
+def mask():
+    """The left three columns of an 8 x 8 picture, and a corner."""
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :3], mask[..., 5:, 6:] = 1, 1
+    return mask
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strength", [UNBOUND, Strength("relative", 0.5)])
+def test_outside_its_mask_nothing_is_shifted_and_nothing_read(kind, strength, encoder, kinds, step, mask, draw):
+    denoised, x_t, at = step
+    run = make_run(Term(kinds[kind], encoder, 5.0, region=Region(mask)), strength=strength)
+    other = make_run(*run.terms, strength=UNBOUND)
+    for sigma in (5.0, 2.0, 0.5):
+        shift = shift_of(step, run, sigma)
+        assert not (shift * (1 - mask)).any()
+        assert (shift * mask).abs().amax() > 0
+        free = shift_of(step, make_run(*run.terms), sigma)
+        changed = [v + (1 - mask) * draw(4, 3, 8, 8, seed=9) for v in (denoised, x_t)]
+        torch.testing.assert_close(shift_of((*changed, at), other, sigma), free, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_of_the_whole_picture_is_no_mask(kind, encoder, kinds, step):
+    term, whole = Term(kinds[kind], encoder, 5.0), torch.ones(1, 1, 5, 7)
+    for region in (Region(whole), Region(whole, whole), Region(None, whole)):
+        masked = make_run(replace(term, region=region), strength=Strength("relative", 0.5))
+        plain = make_run(term, strength=Strength("relative", 0.5))
+        torch.testing.assert_close(shift_of(step, masked), shift_of(step, plain), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["content", "structure", "style", "style_centred"])
+def test_of_the_reference_only_what_its_mask_shows_is_read(kind, encoder, kinds, step, mask, draw):
+    changed = kinds[kind].image + (1 - mask) * draw(1, 3, 8, 8, seed=9)
+    region = Region(reference=mask)
+    terms = [
+        Term(guidance, encoder, 5.0, region=region) for guidance in (kinds[kind], replace(kinds[kind], image=changed))
+    ]
+    shifts = [shift_of(step, make_run(term)) for term in terms]
+    torch.testing.assert_close(*shifts, rtol=1e-9, atol=1e-9)
+    plain = [shift_of(step, make_run(replace(term, region=None))) for term in terms]
+    assert float((plain[0] - plain[1]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_masked_gram_is_the_gram_of_the_part(centred, draw):
+    feature_map, where = draw(2, 4, 6, 8), torch.zeros(2, 1, 12, 16)
+    where[..., :8, 4:12] = 1
+    torch.testing.assert_close(gram(feature_map, centred, where), gram(feature_map[..., :4, 2:6], centred))
+
+
+def test_structure_compares_places_by_their_weight(tiny_encoder, kinds, step, image, draw):
+    """F = -sum_p m_p |a_p - b_p|^2 / sum_p m_p |b_p|^2, by a soft mask of the size of the map."""
+    denoised = step[0]
+    encoder, mask = tiny_encoder(), torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    encoder.reads = "denoised"
+    run = make_run(Term(StructureGuidance(image, (1,)), encoder, 5.0, region=Region(mask)))
+    guide(*step, run)
+    t = torch.zeros(1)
+    a, b = (encoder(mask * x, t, 1).maps[0] for x in (denoised, image))
+    wanted = -(mask * (a - b).square()).flatten(1).sum(1) / (mask * b.square()).sum()
+    torch.testing.assert_close(run.trace[0].scores[0], wanted.detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_inside_its_mask_a_guidance_pulls_as_strongly_as_elsewhere(encoder, kinds, step, mask):
+    run = make_run(Term(kinds["style"], encoder, 5.0, region=Region(mask)), strength=Strength("relative", 0.3))
+    shift = shift_of(step, run)
+    inside = shift.square().sum(dim=(1, 2, 3)) / (3 * mask.sum())
+    torch.testing.assert_close(inside.sqrt(), 0.3 * rms(step[1] - step[0]), rtol=1e-9, atol=1e-9)
+
+
+def test_each_picture_has_its_own_mask(encoder, kinds, step):
+    masks = (torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(0)) > 0.5).double()
+    term = Term(kinds["content"], encoder, 5.0)
+    batch = shift_of(step, make_run(replace(term, region=Region(masks))))
+    for i in range(4):
+        single = tuple(v[i : i + 1] for v in step)
+        alone = shift_of(single, make_run(replace(term, region=Region(masks[i : i + 1]))))
+        torch.testing.assert_close(batch[i : i + 1], alone, rtol=1e-9, atol=1e-9)
+
+
+def test_a_feather_rises_inwards_and_leaves_the_outside_zero(mask):
+    square = torch.zeros(1, 1, 32, 32)
+    square[..., 8:24, :20] = 1
+    soft = feathered(square, 0.125)
+    assert not (soft * (1 - square)).any()
+    row = soft[0, 0, 16]
+    assert row[:16].tolist() == [1.0] * 16
+    assert (row[15:21].diff() < 0).all()
+    assert feathered(square, 0.0) is square
+    with pytest.raises(ValueError, match=r"mask of which nothing is left at a feather of 0\.5"):
+        Region(mask[..., :4], feather=0.5)
+    with pytest.raises(ValueError, match="nothing is left"):
+        Region(torch.zeros(1, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"feather of 0\.7"):
+        Region(mask, feather=0.7)
+
+
+def test_reference_masks_must_fit_the_references(tiny_encoder, kinds, step):
+    region = Region(reference=torch.ones(3, 1, 8, 8))
+    with pytest.raises(ValueError, match="3 reference masks for 1 reference"):
+        guide(*step, make_run(Term(kinds["content"], tiny_encoder(), 5.0, region=region)))
+
+
+def test_a_mask_on_one_guidance_leaves_the_others_alone(encoder, kinds, step, mask):
+    masked, plain = Term(kinds["style"], encoder, 5.0, region=Region(mask)), Term(kinds["text"], encoder, 5.0)
+    together = shift_of(step, make_run(masked, plain))
+    alone = [shift_of(step, make_run(term)) for term in (masked, plain)]
+    torch.testing.assert_close(together, alone[0] + alone[1], rtol=1e-9, atol=1e-9)
+
+
+def test_inference_mode_masks_as_well(tiny_encoder, kinds, step, mask):
+    term = Term(kinds["structure"], tiny_encoder(), 5.0)
+    wanted = guide(*step, make_run(replace(term, region=Region(mask, mask, 0.1))))
+    with torch.inference_mode():
+        region = Region(mask.clone(), mask.clone(), 0.1)
+        got = guide(*(v.clone() for v in step), make_run(replace(term, encoder=tiny_encoder(), region=region)))
+    torch.testing.assert_close(got, wanted)

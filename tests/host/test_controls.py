@@ -90,3 +90,57 @@ def test_points_that_are_none_are_refused(run, text, points):
         schedule(run, text, points=points)
     with pytest.raises(ValueError, match="rising"):
         schedule(run, text, points="0.5:1, 0.2:1")
+
+
+# Where
+
+
+@pytest.fixture
+def shifts(pack, monkeypatch):
+    """The shifts of all steps."""
+    seen, original = [], pack.seam.guidance_shift
+
+    def recorded(*args):
+        seen.append(original(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(pack.seam, "guidance_shift", recorded)
+    return seen
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "euler_ancestral"])
+def test_outside_its_mask_no_step_is_shifted(run, sample, both, shifts, sampler):
+    mask = torch.zeros(1, 32, 32)
+    mask[:, 8:, :16] = 1
+    sample(run("SDGGuidanceMask", guidance=both, mask=mask, feather=0.1), sampler_name=sampler)
+    assert len(shifts) >= 6
+    for shift in shifts:
+        assert not shift[..., :4, :].any()
+        assert not shift[..., 8:].any()
+        assert shift[..., 4:, :8].any()
+
+
+def test_no_mask_changes_no_bit(run, sample, both):
+    assert torch.equal(sample(run("SDGGuidanceMask", guidance=both)), sample(both))
+
+
+def test_a_reference_mask_hides_the_rest_of_the_reference(run, sample, noisy_clip):
+    image, mask = torch.rand(1, 16, 16, 3, generator=torch.Generator().manual_seed(1)), torch.zeros(1, 16, 16)
+    mask[:, :, :8] = 1
+    pictures = []
+    for right in (0.0, 1.0):
+        changed = image.clone()
+        changed[:, :, 8:] = right
+        style = run(
+            "SDGStyleGuidance", noisy_clip=noisy_clip, image=changed, scale=300.0, layers="4,5", centred=True, **WHOLE
+        )
+        pictures.append(sample(run("SDGGuidanceMask", guidance=style, reference_mask=mask)))
+    assert torch.equal(*pictures)
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.zeros(1, 8, 8), torch.full((1, 8, 8), float("nan")), torch.ones(1, 3, 8, 8), "left"]
+)
+def test_masks_that_are_none_are_refused(run, text, mask):
+    with pytest.raises(ValueError, match=r"mask of which nothing is left|input mask got .* wanted a MASK"):
+        run("SDGGuidanceMask", guidance=text, mask=mask)
