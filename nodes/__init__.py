@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .controls import SDGGuidanceMask, SDGGuidanceSchedule
+from .controls import SDGGuidanceAway, SDGGuidanceMask, SDGGuidanceSchedule, SDGGuidanceTarget
 from .finetune import SDGFinetuneNoisyCLIP, SDGSaveNoisyCLIP
 from .guidance import (
     SDGCombineGuidance,
@@ -40,6 +40,8 @@ NODES: list[type[io.ComfyNode]] = [
     SDGGuidanceFrames,
     SDGGuidanceSchedule,
     SDGGuidanceMask,
+    SDGGuidanceTarget,
+    SDGGuidanceAway,
     SDGGuidedKSampler,
     SDGApplyGuidance,
     SDGPaperSampler,

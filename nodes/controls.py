@@ -8,12 +8,12 @@ from dataclasses import replace
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..sdg_core.method import EASES, Curve, Region, Term
+from ..sdg_core.method import EASES, Curve, Goal, Region, Term
 from . import host
 from .guidance import GuidanceSocket, guidance_output
 from .inputs import check_finite, to_mask, to_points
 
-POINTS = "0:1, 1:0"
+POINTS = "0:1, 1:1"
 
 
 def guidance_input() -> io.Input:
@@ -42,7 +42,7 @@ class SDGGuidanceSchedule(io.ComfyNode):
                     options=list(EASES),
                     default="constant",
                     tooltip="How the strength runs from one point to the next. constant holds a point's value up to "
-                    "the next: with the default points, full strength throughout.",
+                    "the next. With the default points: full strength throughout.",
                 ),
                 io.String.Input(
                     "points",
@@ -120,3 +120,67 @@ class SDGGuidanceMask(io.ComfyNode):
         region = Region(to_mask(mask, "mask"), to_mask(reference_mask, "reference_mask"), feather)
         empty = region.picture is None and region.reference is None
         return modified(guidance, lambda term: term if empty else replace(term, region=region))
+
+
+class SDGGuidanceTarget(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SDGGuidanceTarget",
+            display_name="Guidance Target (SDG)",
+            category="SDG/guidance",
+            description="Says how similar the picture should become, instead of a scale: each step pulls as hard as "
+            "that takes, under the cap, and not at all once it is reached.",
+            inputs=[
+                guidance_input(),
+                io.Float.Input(
+                    "similarity",
+                    default=0.3,
+                    min=-1.0,
+                    max=1.0,
+                    step=0.01,
+                    round=0.001,
+                    tooltip="What to reach, 1 being the reference itself: the cosine for text and content, 1 minus the "
+                    "distance for structure and style. Usual: text 0.25, pictures 0.7.",
+                ),
+            ],
+            outputs=[guidance_output()],
+        )
+
+    @classmethod
+    def execute(cls, guidance: host.HostGuidance, similarity: float) -> io.NodeOutput:
+        check_finite(similarity=similarity)
+        goal = Goal(similarity)
+        return modified(guidance, lambda term: replace(term, goal=goal))
+
+
+class SDGGuidanceAway(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SDGGuidanceAway",
+            display_name="Guidance Away (SDG)",
+            category="SDG/guidance",
+            description="Turns a guidance into a negative one, that pushes away from its text or picture and stops "
+            "where nothing is left of it. Use it as a negative prompt or a negative picture.",
+            inputs=[
+                guidance_input(),
+                io.Float.Input(
+                    "until",
+                    default=0.0,
+                    min=-1.0,
+                    max=1.0,
+                    step=0.01,
+                    round=0.001,
+                    tooltip="Similarity where pushing stops. 0: nothing in common (orthogonal). Higher stops earlier, "
+                    "-1 never. Usual: 0 to 0.2.",
+                ),
+            ],
+            outputs=[guidance_output()],
+        )
+
+    @classmethod
+    def execute(cls, guidance: host.HostGuidance, until: float) -> io.NodeOutput:
+        check_finite(until=until)
+        goal = Goal(until, adapted=False)
+        return modified(guidance, lambda term: replace(term, scale=-abs(term.scale), goal=goal))

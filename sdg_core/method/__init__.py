@@ -6,7 +6,7 @@ Read in this order: ``schedule`` (x_t = alpha x_0 + sigma eps), ``views`` (what 
 alpha grad F). It knows encoders by their contract only, and no host.
 """
 
-from .controls import EASES, Curve, Ease, Region, feathered
+from .controls import EASES, Curve, Ease, Goal, Region, feathered
 from .features import Encoder, Features, NoisyEncoder, embedding, gram, squared_distance, squared_size, unit
 from .gradient import Sight, Target, as_normal, gradient_scope, score_gradient
 from .guidance import (
@@ -47,6 +47,7 @@ __all__ = [
     "Encoder",
     "Fade",
     "Features",
+    "Goal",
     "Guidance",
     "GuidanceRun",
     "Kind",

@@ -1,4 +1,6 @@
-"""The artists' controls: when and where a guidance acts. Each is one field of a ``Term``; without any, nothing changes.
+"""The artists' controls: when, where and how far a guidance acts.
+
+Each is one field of a ``Term``; without any, nothing changes.
 
 Controls that need the gradient of one guidance by itself make its term stand *apart*: it gets a pass of its own. All
 others go on sharing one pass.
@@ -118,6 +120,34 @@ def feathered(mask: Tensor, feather: float) -> Tensor:
         return mask
     wide = F.pad(mask, (radius,) * 4, mode="replicate")
     return mask * (2 * F.avg_pool2d(wide, 2 * radius + 1, stride=1) - 1).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A similarity where a guidance stops. s = 1 - (best - F) is 1 for the reference itself: the cosine of embeddings,
+    or 1 minus the relative squared distance of maps or Gram matrices.
+
+        gap = max(0, similarity - s) for a scale above 0,   max(0, s - similarity) for one below (away from it)
+
+    Not ``adapted``, the scale counts while there is a gap, and nothing pulls after. ``adapted``: instead of the scale,
+    each step's shift d closes the gap to first order, where the cap lets it (Polyak's step length):
+
+        d = +- gap * G / |G|^2,   G = dF / d denoised (for encoders of noise: alpha dF / dx_t)
+    """
+
+    similarity: float
+    adapted: bool = True
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.similarity <= 1:
+            raise ValueError(
+                f"Got a similarity of {self.similarity} to reach; wanted -1 to 1, where 1 is the reference itself. "
+                "Usual: 0.2 to 0.35 for a text, 0.5 to 0.9 for pictures."
+            )
+
+    def gap(self, score: Tensor, best: float, scale: float) -> Tensor:
+        """How far scores (B,) still are from it, 0 where it is reached; ``best`` is the score of the reference."""
+        return (math.copysign(1.0, scale) * (self.similarity - 1 + best - score)).clamp(min=0)
 
 
 def check_every(every: int) -> int:

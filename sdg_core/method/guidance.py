@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .controls import Curve, Region, check_every
+from .controls import Curve, Goal, Region, check_every
 from .features import Encoder, Features, counts, gram, squared_distance, squared_size, unit
 from .precision import precise
 
@@ -41,8 +41,15 @@ Look = Callable[[Tensor, "int | None"], Features]
 class Guidance(Protocol):
     """One pull. ``target`` is computed once per noise level, ``score`` at every gradient.
 
-    A target's ``maps`` are what ``score`` compares, one per layer that the guidance reads.
+    A target's ``maps`` are what ``score`` compares, one per layer that the guidance reads. ``best`` is the score of the
+    reference itself. ``aligned``: whether the same places of picture and reference are compared.
     """
+
+    @property
+    def best(self) -> float: ...
+
+    @property
+    def aligned(self) -> bool: ...
 
     def depth(self, encoder: Encoder) -> int: ...
 
@@ -56,6 +63,7 @@ class TextGuidance:
     """F = E'(x_t, t) . E_L(l). ``embed``: normalised text embeddings (N, D); several are averaged in score."""
 
     embed: Tensor
+    best, aligned = 1.0, False
 
     def depth(self, encoder: Encoder) -> int:
         return encoder.full_depth
@@ -75,6 +83,7 @@ class ContentGuidance:
     """
 
     image: Tensor
+    best, aligned = 1.0, False
 
     def depth(self, encoder: Encoder) -> int:
         return encoder.full_depth
@@ -97,7 +106,7 @@ class StructureGuidance:
 
     image: Tensor
     layers: tuple[int, ...] = (3,)
-    aligned = True
+    best, aligned = 0.0, True
 
     def depth(self, encoder: Encoder) -> int:
         return max(check_layers(self.layers, encoder))
@@ -122,6 +131,7 @@ class StyleGuidance:
     image: Tensor
     layers: tuple[int, ...] = (5,)
     centred: bool = False
+    best, aligned = 0.0, False
 
     def depth(self, encoder: Encoder) -> int:
         return max(check_layers(self.layers, encoder))
@@ -163,7 +173,8 @@ class Term:
     pushes away. A combined guidance is a tuple of terms; its score is the sum of scale * score. ``fade`` weighs by the
     noise, where two encoders share the work. ``frames``: those of a video to guide, negative ones counted from the
     end; None is all. The other fields are ``controls``: ``curves`` multiply the scale over the run; the gradient is
-    taken at ``every`` k-th noise level only and reused between; ``region`` bounds what is read and shifted.
+    taken at ``every`` k-th noise level only and reused between; ``region`` bounds what is read and
+    shifted; at its ``goal`` it stops.
     """
 
     guidance: Guidance
@@ -176,6 +187,7 @@ class Term:
     curves: tuple[Curve, ...] = ()
     every: int = 1
     region: Region | None = None
+    goal: Goal | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= 1:
@@ -188,7 +200,13 @@ class Term:
     @property
     def apart(self) -> bool:
         """Whether a control needs this term's gradient by itself, from a pass of its own."""
-        return self.every > 1 or (self.region is not None and self.region.picture is not None)
+        masked = self.region is not None and self.region.picture is not None
+        return self.every > 1 or masked or self.goal is not None
+
+    @property
+    def aims(self) -> bool:
+        """Whether a goal sizes its shift, instead of the scale."""
+        return self.goal is not None and self.goal.adapted
 
 
 def combine(parts: Sequence[tuple[tuple[Term, ...], float]]) -> tuple[Term, ...]:

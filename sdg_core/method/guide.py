@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .features import Encoder, reads_noise
 from .gradient import Sight
+from .guidance import Term
 from .precision import added
 from .references import Batch, window
 from .run import GuidanceRun, Kept, StepTrace
 from .schedule import MIN_ALPHA, Convention, expand
-from .strength import bounded, rms
+from .strength import Strength, bounded, rms
 
 
 def guide(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Tensor:
@@ -32,22 +35,40 @@ def guidance_shift(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRu
     weights = run.weights(batch.sigma, batch.frame, batch.frames)
     if not bool((weights != 0).any()):
         return None
-    grad, scores = guidance_gradient(batch, weights, run)
-    room = run.room(batch, weights)
+    pull = _pull(batch, weights, run)
+    room, strength = run.room(batch, weights), run.strength
     alpha, s = (expand(v, batch.x_t) for v in (run.convention.alpha(batch.sigma), batch.sigma))
     usable = alpha > MIN_ALPHA
     alpha = torch.where(usable, alpha, torch.ones_like(alpha))
-    shift = torch.where(usable, s.square() / alpha * grad, torch.zeros_like(grad))
+    shift = torch.where(usable, s.square() / alpha * pull.grad, torch.zeros_like(pull.grad))
     step = (batch.x_t - alpha * batch.denoised) / alpha  # sigma / alpha * eps: the model's own step
-    shift, pull, capped = bounded(shift, rms(step), run.strength, room)
-    run.trace.append(StepTrace(float(sigma.flatten()[0]), scores, pull, capped))
+    if pull.aimed is not None:  # goals size their part of the shift: only the cap's bound is left for them
+        shift = bounded(shift, rms(step), strength, room).shift if strength.mode == "relative" else shift
+        shift = shift + torch.where(usable, s.square() / alpha * pull.aimed, torch.zeros_like(shift))
+        strength = Strength("absolute", strength.cap)
+    shift, size, capped = bounded(shift, rms(step), strength, room)
+    run.trace.append(StepTrace(float(sigma.flatten()[0]), pull.scores, size, capped))
     return batch.unfold(shift)
 
 
 def guidance_gradient(batch: Batch, weights: Tensor, run: GuidanceRun) -> tuple[Tensor, Tensor]:
     """grad_{x_t} F (B, C, H, W) and the scores (K, B), by every encoder that has a weight (K, B) here."""
+    pull = _pull(batch, weights, run)
+    return pull.grad if pull.aimed is None else pull.grad + pull.aimed, pull.scores
+
+
+class Pull(NamedTuple):
+    """grad_{x_t} F (B, C, H, W) of the terms that count by their scales, of those that aim at a goal, and all scores
+    (K, B)."""
+
+    grad: Tensor
+    aimed: Tensor | None
+    scores: Tensor
+
+
+def _pull(batch: Batch, weights: Tensor, run: GuidanceRun) -> Pull:
     apart = [k for k, term in enumerate(run.terms) if term.apart and bool((weights[k] != 0).any())]
-    grad, scores = torch.zeros_like(batch.x_t), torch.zeros_like(weights)
+    grad, scores, aimed = torch.zeros_like(batch.x_t), torch.zeros_like(weights), None
     for encoder, members, rows in run.active(_without(weights, apart), batch):
         some, seen = weights[members][:, rows], batch.take(rows)
         part, part_scores = _encoder_gradient(encoder, members, seen, some, run)
@@ -56,8 +77,33 @@ def guidance_gradient(batch: Batch, weights: Tensor, run: GuidanceRun) -> tuple[
     for k in apart:
         own, scores[k] = _own_gradient(k, weights[k] != 0, batch, run)
         mask = batch.mask(run.terms[k], (own.shape[-2], own.shape[-1]))
-        grad += expand(weights[k], own) * (own if mask is None else mask * own)
-    return grad, scores
+        part = own if mask is None else mask * own
+        slope = (own * part).flatten(1).sum(dim=1)
+        part = expand(_amount(run.terms[k], weights[k], scores[k], slope, batch, run), own) * part
+        if run.terms[k].aims:
+            aimed = part if aimed is None else aimed + part
+        else:
+            grad += part
+    return Pull(grad, aimed, scores)
+
+
+def _amount(term: Term, weight: Tensor, score: Tensor, slope: Tensor, batch: Batch, run: GuidanceRun) -> Tensor:
+    """What a term's own gradient g counts (B,): its weight (B,), or what closes the gap to its goal.
+
+    A shift d = sigma^2 / alpha * a * g of denoised moves the score by c (g . d): c = alpha where x_t is read, and
+    1 / f = (alpha^2 v + sigma^2) / (alpha v) where denoised is, because g = f dF / d denoised. ``slope``: g . g (B,),
+    inside the mask. So a = gap * alpha / (c sigma^2 slope).
+    """
+    if term.goal is None:
+        return weight
+    gap = term.goal.gap(score, term.guidance.best, term.scale)
+    if not term.goal.adapted:
+        return torch.where(gap > 0, weight, torch.zeros_like(weight))
+    alpha, square = run.convention.alpha(batch.sigma), batch.sigma.square()
+    moved = alpha if reads_noise(term.encoder) else (alpha.square() * run.variance + square) / (alpha * run.variance)
+    rise = moved * square * slope
+    wanted = weight / abs(term.scale) * gap * alpha / rise.clamp(min=torch.finfo(rise.dtype).tiny)
+    return torch.where(rise > 0, wanted, torch.zeros_like(wanted))
 
 
 def _without(weights: Tensor, apart: list[int]) -> Tensor:

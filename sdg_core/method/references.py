@@ -142,7 +142,7 @@ def _reference_mask(term: Term, image: Tensor, x_0: Tensor) -> Tensor | None:
     own = term.region.of_references(len(image), (image.shape[-2], image.shape[-1]))
     if own is not None:
         masks.append(fit(own.to(x_0), *x_0.shape[-2:]).clamp(0, 1))
-    if getattr(term.guidance, "aligned", False) and term.region.picture is not None and len(term.region.picture) == 1:
+    if term.guidance.aligned and term.region.picture is not None and len(term.region.picture) == 1:
         place = term.region.of_picture(torch.zeros(1, dtype=torch.long), (x_0.shape[-2], x_0.shape[-1]))
         assert place is not None
         masks.append(place.to(x_0))

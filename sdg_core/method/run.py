@@ -149,9 +149,10 @@ class GuidanceRun:
         sum_k |w_k c_k| / sum_k |w_k|. And the bound holds where masks m_k let terms act: sqrt(mean(max_k m_k)).
         """
         parts = []
-        if self.strength.mode == "relative" and any(term.curves for term in self.terms):
-            full = self.weights(batch.sigma, batch.frame, batch.frames, curved=False).abs().sum(dim=0)
-            parts.append(weights.abs().sum(dim=0) / torch.where(full > 0, full, torch.ones_like(full)))
+        free = [k for k, term in enumerate(self.terms) if not term.aims]
+        if self.strength.mode == "relative" and any(self.terms[k].curves for k in free):
+            full = self.weights(batch.sigma, batch.frame, batch.frames, curved=False)[free].abs().sum(dim=0)
+            parts.append(weights[free].abs().sum(dim=0) / torch.where(full > 0, full, torch.ones_like(full)))
         size = batch.x_t.shape[-2:]
         masks = [batch.mask(term, (size[0], size[1])) for term in self.terms]
         if any(mask is not None for mask in masks):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,6 +15,8 @@ from sdg_core.method import (
     ContentGuidance,
     Convention,
     Curve,
+    Features,
+    Goal,
     GuidanceRun,
     Region,
     Strength,
@@ -22,11 +24,13 @@ from sdg_core.method import (
     StyleGuidance,
     Term,
     TextGuidance,
+    TimestepTable,
     feathered,
     gram,
     guide,
     rms,
 )
+from sdg_core.models import euler, guided
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -314,3 +318,155 @@ def test_inference_mode_masks_as_well(tiny_encoder, kinds, step, mask):
         region = Region(mask.clone(), mask.clone(), 0.1)
         got = guide(*(v.clone() for v in step), make_run(replace(term, encoder=tiny_encoder(), region=region)))
     torch.testing.assert_close(got, wanted)
+
+
+# How far
+
+
+class LinearEncoder:
+    """Its embedding is the picture's mean over places, (B, 3), and it reads denoised or, in VP scaling, x_t."""
+
+    full_depth = 2
+    table = TimestepTable.from_name("linear")
+
+    def __init__(self, reads: str) -> None:
+        self.reads, self.calls = reads, 0
+
+    def __call__(self, image: Tensor, t: Tensor, depth: int) -> Features:
+        self.calls += 1
+        return Features((image,), image.mean(dim=(2, 3)))
+
+    def noise_gain(self, height: int, width: int) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class LinearGuidance:
+    """F = the embedding's first number: what a shift does to it is exact."""
+
+    best, aligned = 1.0, False
+
+    def depth(self, encoder) -> int:
+        return encoder.full_depth
+
+    def target(self, look) -> Features:
+        return Features(())
+
+    def score(self, features: Features, target: Features) -> Tensor:
+        return features.embed[:, 0]
+
+
+@pytest.mark.parametrize("convention", [Convention.VE, Convention.FLOW])
+@pytest.mark.parametrize("scale", [300.0, -2.0])
+def test_a_step_towards_a_target_reaches_it(convention, scale, step):
+    """Of denoised: the score of the shifted estimate is the target, where it was on the far side of it."""
+    denoised, x_t, _ = step
+    sigma, encoder = torch.full((4,), 0.6), LinearEncoder("denoised")
+    for goal in (0.4, -0.4):
+        run = make_run(Term(LinearGuidance(), encoder, scale, goal=Goal(goal)), convention=convention)
+        got = guide(denoised, x_t, sigma, run)[:, 0].mean(dim=(1, 2))
+        before = denoised[:, 0].mean(dim=(1, 2))
+        wanted = before.clamp(min=goal) if scale > 0 else before.clamp(max=goal)
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+        assert bool((got != before).any()) == ((scale > 0) == (goal > 0))
+
+
+@pytest.mark.parametrize("convention", [Convention.VE, Convention.FLOW])
+def test_a_target_of_the_noisy_picture_counts_the_signal_that_a_shift_brings(convention, step):
+    denoised, x_t, _ = step
+    sigma, encoder = torch.full((4,), 0.6), LinearEncoder("noisy")
+    alpha = float(convention.alpha(sigma)[0])
+    run = make_run(Term(LinearGuidance(), encoder, 1.0, goal=Goal(0.9)), convention=convention)
+    moved = x_t + alpha * (guide(denoised, x_t, sigma, run) - denoised)
+    score = moved[:, 0].mean(dim=(1, 2)) / math.hypot(alpha, 0.6)
+    torch.testing.assert_close(score, torch.full((4,), 0.9), rtol=1e-9, atol=1e-9)
+
+
+def test_a_target_is_reached_inside_a_mask(step, mask):
+    denoised, x_t, sigma = step
+    encoder = LinearEncoder("denoised")
+    run = make_run(Term(LinearGuidance(), encoder, 1.0, goal=Goal(0.3), region=Region(mask)))
+    got = mask * guide(denoised, x_t, sigma, run)
+    torch.testing.assert_close(got[:, 0].mean(dim=(1, 2)), torch.full((4,), 0.3), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("strength", [Strength(cap=0.1), Strength("relative", 0.1)])
+def test_a_target_stays_under_the_cap_and_stops_where_it_is_reached(strength, encoder, kinds, step):
+    denoised, x_t, sigma = step
+    term = Term(kinds["content"], encoder, 5.0)
+    far = make_run(replace(term, goal=Goal(1.0)), strength=strength)
+    pull = rms(guide(denoised, x_t, sigma, far) - denoised) / rms(x_t - denoised)
+    assert float(pull.max()) <= 0.1 + 1e-9
+    score = float(far.trace[0].scores.max())
+    near = make_run(replace(term, goal=Goal(score + 1e-9)), strength=strength)
+    stopped = guide(denoised, x_t, sigma, near) - denoised
+    assert float(rms(stopped)[far.trace[0].scores[0].argmax()]) < 1e-6
+    assert not shift_of(step, make_run(replace(term, goal=Goal(-1.0)), strength=strength)).any()
+
+
+def test_beside_a_target_relative_strength_keeps_its_size(encoder, kinds, step):
+    """A target that is reached adds nothing to the other's fixed pull."""
+    free, aimed = Term(kinds["style"], encoder, 5.0), Term(kinds["text"], encoder, 5.0, goal=Goal(-1.0))
+    strength = Strength("relative", 0.3)
+    alone, beside = (shift_of(step, make_run(*terms, strength=strength)) for terms in ((free,), (free, aimed)))
+    torch.testing.assert_close(beside, alone, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["text", "content", "structure", "style"])
+def test_a_run_meets_its_target_where_the_guidance_can(kind, encoder, kinds, draw):
+    """Euler's method on a Gaussian prior: the finished picture has the similarity asked for, to 0.02."""
+    sigmas = torch.cat([torch.linspace(3.0, 0.02, 40), torch.zeros(1)])
+    start = 3.2 * draw(3, 3, 8, 8, seed=5)
+
+    def final(term: Term) -> Tensor:
+        run = make_run(term, strength=Strength())
+        denoise = guided(lambda x, sigma: 0.3 * x / (0.3 + sigma.square().view(-1, 1, 1, 1)), run)
+        *_, last = euler(denoise, start, sigmas)
+        seen = make_run(replace(term, goal=None))
+        guide(last.x, last.x, torch.full((3,), 1e-3), seen)
+        return seen.trace[0].scores[0] + 1 - term.guidance.best
+
+    term = Term(kinds[kind], encoder, 1e-9)
+    free, best = final(term), final(replace(term, scale=1e4))
+    assert bool((best > free).all())
+    wanted = float(free.max() + 0.6 * (best.min() - free.max()))
+    assert float(free.max()) < wanted < float(best.min())
+    got = final(replace(term, goal=Goal(wanted)))
+    print(f"{kind}: unguided {free.tolist()}, target {wanted:.3f}, got {got.tolist()}, unlimited {best.tolist()}")
+    torch.testing.assert_close(got, torch.full((3,), wanted), rtol=0, atol=0.02)
+
+
+# Away
+
+
+def test_away_stops_where_nothing_is_left(encoder, kinds, step):
+    """A negative scale until the similarity is 0: above it the plain push, below it nothing."""
+    push = Term(kinds["content"], encoder, -5.0)
+    away = replace(push, goal=Goal(0.0, adapted=False))
+    run = make_run(away)
+    got, plain = shift_of(step, run), shift_of(step, make_run(push))
+    similar = run.trace[0].scores[0] > 0
+    torch.testing.assert_close(got[similar], plain[similar], rtol=1e-9, atol=1e-9)
+    assert not got[~similar].any()
+    middle = float(run.trace[0].scores[0].median())
+    some = shift_of(step, make_run(replace(push, goal=Goal(middle, adapted=False))))
+    moved = some.abs().flatten(1).amax(dim=1) > 0
+    assert moved.tolist() == (run.trace[0].scores[0] > middle).tolist()
+    assert 0 < int(moved.sum()) < 4
+
+
+def test_similarity_of_maps_is_one_minus_their_distance(encoder, kinds, step):
+    """Away from a structure at a distance above 1 from it there is no more push."""
+    push = Term(kinds["structure"], encoder, -5.0)
+    run = make_run(push)
+    guide(*step, run)
+    distance = -run.trace[0].scores[0]
+    until = float(1 - distance.median())
+    got = shift_of(step, make_run(replace(push, goal=Goal(until, adapted=False))))
+    assert (got.abs().flatten(1).amax(dim=1) > 0).tolist() == (1 - distance > until).tolist()
+
+
+@pytest.mark.parametrize("similarity", [1.5, -2.0, math.nan])
+def test_similarities_that_are_none_are_refused(similarity):
+    with pytest.raises(ValueError, match="wanted -1 to 1, where 1 is the reference itself"):
+        Goal(similarity)

@@ -53,7 +53,7 @@ def encoded(pack, noisy_clip, monkeypatch):
     return calls
 
 
-def schedule(run, guidance, curve="constant", points="0:1, 1:0", every=1):
+def schedule(run, guidance, curve="constant", points="0:1, 1:1", every=1):
     return run("SDGGuidanceSchedule", guidance=guidance, curve=curve, points=points, every=every)
 
 
@@ -144,3 +144,34 @@ def test_a_reference_mask_hides_the_rest_of_the_reference(run, sample, noisy_cli
 def test_masks_that_are_none_are_refused(run, text, mask):
     with pytest.raises(ValueError, match=r"mask of which nothing is left|input mask got .* wanted a MASK"):
         run("SDGGuidanceMask", guidance=text, mask=mask)
+
+
+# How far
+
+
+def test_a_target_pulls_less_than_the_cap_and_more_than_nothing(run, sample, content, shifts):
+    plain, full = sample(), sample(content, cap=1.0)
+    target = run("SDGGuidanceTarget", guidance=content, similarity=0.5)
+    assert not torch.equal(sample(target), plain)
+    shifts.clear()
+    assert torch.equal(sample(run("SDGGuidanceTarget", guidance=content, similarity=-1.0)), plain)
+    assert all(not shift.any() for shift in shifts)
+    assert not torch.equal(sample(target), full)
+
+
+def test_away_is_the_negative_scale_until_its_similarity(run, sample, noisy_clip):
+    def pushed(scale):
+        return run("SDGTextGuidance", noisy_clip=noisy_clip, text="a red hat", scale=scale, **WHOLE)
+
+    negative = sample(pushed(-150.0))
+    for scale in (150.0, -150.0):
+        away = run("SDGGuidanceAway", guidance=pushed(scale), until=-1.0)
+        assert torch.allclose(sample(away), negative, atol=1e-4)
+    assert torch.equal(sample(run("SDGGuidanceAway", guidance=pushed(150.0), until=1.0)), sample())
+
+
+@pytest.mark.parametrize("value", [2.0, float("nan")])
+def test_similarities_that_are_none_are_refused(run, text, value):
+    for node, name in (("SDGGuidanceTarget", "similarity"), ("SDGGuidanceAway", "until")):
+        with pytest.raises(ValueError, match=r"wanted -1 to 1|finite number"):
+            run(node, guidance=text, **{name: value})

@@ -18,6 +18,7 @@ IDS = {
     "SDGPaperSampler", "SDGLoadCLIP", "SDGEncoderCrossfade", "SDGLoadAutoencoder", "SDGGuidanceFrames",
     "SDGFinetuneNoisyCLIP", "SDGSaveNoisyCLIP", "SDGGuidanceSchedule",
     "SDGGuidanceMask",
+    "SDGGuidanceTarget", "SDGGuidanceAway",
 }  # fmt: skip
 
 
