@@ -36,17 +36,17 @@ def guidance_shift(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRu
     if not bool((weights != 0).any()):
         return None
     pull = _pull(batch, weights, run)
-    room, strength = run.room(batch, weights), run.strength
+    room, full, strength = run.room(batch, weights), run.fullness(batch, weights), run.strength
     alpha, s = (expand(v, batch.x_t) for v in (run.convention.alpha(batch.sigma), batch.sigma))
     usable = alpha > MIN_ALPHA
     alpha = torch.where(usable, alpha, torch.ones_like(alpha))
     shift = torch.where(usable, s.square() / alpha * pull.grad, torch.zeros_like(pull.grad))
     step = (batch.x_t - alpha * batch.denoised) / alpha  # sigma / alpha * eps: the model's own step
     if pull.aimed is not None:  # goals size their part of the shift: only the cap's bound is left for them
-        shift = bounded(shift, rms(step), strength, room).shift if strength.mode == "relative" else shift
+        shift = bounded(shift, rms(step), strength, room, full).shift if strength.mode == "relative" else shift
         shift = shift + torch.where(usable, s.square() / alpha * pull.aimed, torch.zeros_like(shift))
-        strength = Strength("absolute", strength.cap)
-    shift, size, capped = bounded(shift, rms(step), strength, room)
+        full, strength = None, Strength("absolute", strength.cap)
+    shift, size, capped = bounded(shift, rms(step), strength, room, full)
     run.trace.append(StepTrace(float(sigma.flatten()[0]), pull.scores, size, capped))
     return batch.unfold(shift)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -143,23 +142,28 @@ class GuidanceRun:
         return weights
 
     def room(self, batch: Batch, weights: Tensor) -> Tensor | None:
-        """What part (B,) of the shift's bound the terms leave to it, None for all of it.
+        """What part (B,) of the shift's bound masks m_k leave: it holds where they let terms act.
 
-        Relative strength sets the shift's size whatever the scales, so there curves c_k count in it:
-        sum_k |w_k c_k| / sum_k |w_k|. And the bound holds where masks m_k let terms act: sqrt(mean(max_k m_k)).
+        sqrt(mean(max_k m_k)) over the terms with a weight here. None is all of it.
         """
-        parts = []
-        free = [k for k, term in enumerate(self.terms) if not term.aims]
-        if self.strength.mode == "relative" and any(self.terms[k].curves for k in free):
-            full = self.weights(batch.sigma, batch.frame, batch.frames, curved=False)[free].abs().sum(dim=0)
-            parts.append(weights[free].abs().sum(dim=0) / torch.where(full > 0, full, torch.ones_like(full)))
         size = batch.x_t.shape[-2:]
         masks = [batch.mask(term, (size[0], size[1])) for term in self.terms]
-        if any(mask is not None for mask in masks):
-            acts = [(m if m is not None else torch.ones_like(batch.x_t[:, :1])) * expand(w != 0, batch.x_t)
-                    for m, w in zip(masks, weights, strict=True)]  # fmt: skip
-            parts.append(torch.stack(acts).amax(dim=0).flatten(1).mean(dim=1).sqrt())
-        return functools.reduce(torch.mul, parts) if parts else None
+        if all(mask is None for mask in masks):
+            return None
+        whole = torch.ones_like(batch.x_t[:, :1])
+        acts = [(whole if m is None else m) * expand(w != 0, whole) for m, w in zip(masks, weights, strict=True)]
+        return torch.stack(acts).amax(dim=0).flatten(1).mean(dim=1).sqrt()
+
+    def fullness(self, batch: Batch, weights: Tensor) -> Tensor | None:
+        """What part (B,) of relative strength curves c_k leave to weights w_k: sum_k |w_k c_k| / sum_k |w_k|.
+
+        Relative strength sets the shift's size whatever the weights are. None is all of it.
+        """
+        free = [k for k, term in enumerate(self.terms) if not term.aims]
+        if self.strength.mode == "absolute" or not any(self.terms[k].curves for k in free):
+            return None
+        full = self.weights(batch.sigma, batch.frame, batch.frames, curved=False)[free].abs().sum(dim=0)
+        return weights[free].abs().sum(dim=0) / torch.where(full > 0, full, torch.ones_like(full))
 
     def active(self, weights: Tensor, batch: Batch) -> list[tuple[Encoder, list[int], Tensor]]:
         """What to do for weights (K, B): (encoder, numbers of its terms, samples (b,)), one pass each.
