@@ -9,6 +9,7 @@ from .finetune import SDGFinetuneNoisyCLIP, SDGSaveNoisyCLIP
 from .guidance import (
     SDGCombineGuidance,
     SDGContentGuidance,
+    SDGDirectionGuidance,
     SDGGuidanceFrames,
     SDGStructureGuidance,
     SDGStyleGuidance,
@@ -36,6 +37,7 @@ NODES: list[type[io.ComfyNode]] = [
     SDGContentGuidance,
     SDGStructureGuidance,
     SDGStyleGuidance,
+    SDGDirectionGuidance,
     SDGCombineGuidance,
     SDGGuidanceFrames,
     SDGGuidanceSchedule,

@@ -1,4 +1,4 @@
-"""Nodes that say what to pull towards: text, the content, structure or style of a picture, and sums of these."""
+"""Nodes that say what to pull towards: text, the content, structure or style of a picture, a change; sums of these."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..sdg_core.method import (
     ContentGuidance,
+    DirectionGuidance,
     Guidance,
     StructureGuidance,
     StyleGuidance,
@@ -254,6 +255,61 @@ class SDGStyleGuidance(io.ComfyNode):
 
         def make(patcher: ModelPatcher) -> StyleGuidance:
             return StyleGuidance(references, check_layers(numbers, patcher.model), centred)
+
+        return terms_of(noisy_clip, make, scale, start_percent, end_percent)
+
+
+class SDGDirectionGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SDGDirectionGuidance",
+            display_name="Direction Guidance (SDG)",
+            category="SDG/guidance",
+            description="Changes a given picture as one text changes into another. Use it for editing: start "
+            "from the picture's own latent, at a denoise below 1.",
+            inputs=[
+                noisy_clip_input(),
+                image_input("The picture to edit, the one that the latent holds."),
+                io.String.Input(
+                    "from_text",
+                    multiline=True,
+                    default="a person",
+                    tooltip="What the picture shows now, as far as it should change.",
+                ),
+                io.String.Input(
+                    "to_text",
+                    multiline=True,
+                    default="a person with glasses",
+                    tooltip="What it should show instead. Only the difference of the two texts counts.",
+                ),
+                scale_input(
+                    defaults.DIRECTION_SCALE,
+                    "How strongly to follow the change. Higher changes more; 0 is off, "
+                    "negative changes the other way. Usual: 50 to 300.",
+                ),
+                *interval_inputs(*defaults.DIRECTION_INTERVAL),
+            ],
+            outputs=[guidance_output()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        noisy_clip: host.NoisyCLIPValue,
+        image: Tensor,
+        from_text: str,
+        to_text: str,
+        scale: float,
+        start_percent: float,
+        end_percent: float,
+    ) -> io.NodeOutput:
+        references, prompts = to_references(image), [to_prompt(from_text), to_prompt(to_text)]
+
+        def make(patcher: ModelPatcher) -> DirectionGuidance:
+            with torch.no_grad():
+                before, after = host.load_encoder(patcher).encode_text(prompts).split(1)
+            return DirectionGuidance(references, after - before)
 
         return terms_of(noisy_clip, make, scale, start_percent, end_percent)
 

@@ -148,6 +148,38 @@ class StyleGuidance:
         return tuple(gram(features.maps[layer - 1], self.centred, features.where) for layer in self.layers)
 
 
+@dataclass(frozen=True, eq=False)
+class DirectionGuidance:
+    """F = cos(E'(x_t, t) - E'(x'_t, t), E_L(to) - E_L(from)), all on the unit sphere: the picture changes as the text
+    does (the directional loss of StyleGAN-NADA, Gal et al. 2021, arXiv 2108.00946).
+
+    ``image``: the picture(s) to edit (R, 3, h, w) in -1..1. ``direction``: E_L(to) - E_L(from), (1, D).
+    """
+
+    image: Tensor
+    direction: Tensor
+    best, aligned = 1.0, False
+
+    def __post_init__(self) -> None:
+        if not bool((self.direction.norm(dim=-1) > 1e-6).all()):
+            raise ValueError("Got two texts that say the same to this encoder; wanted a change. Write another text.")
+
+    def depth(self, encoder: Encoder) -> int:
+        return encoder.full_depth
+
+    def target(self, look: Look) -> Features:
+        embed = look(self.image, None).embed
+        assert embed is not None
+        return Features((self.direction.expand(len(embed), -1),), unit(embed))
+
+    def score(self, features: Features, target: Features) -> Tensor:
+        assert features.embed is not None
+        assert target.embed is not None
+        seen = unit(features.embed)
+        change = unit(seen[:, None] - target.embed.to(seen.dtype))
+        return (change * unit(target.maps[0].to(seen.dtype))).sum(dim=2).mean(dim=1)
+
+
 @dataclass(frozen=True)
 class Fade:
     """A weight between 0 and 1 over the noise: one half at sigma / alpha = ``ratio``, linear in its logarithm, 0 and 1

@@ -15,6 +15,7 @@ from sdg_core.method import (
     ContentGuidance,
     Convention,
     Curve,
+    DirectionGuidance,
     Features,
     Goal,
     GuidanceRun,
@@ -470,3 +471,38 @@ def test_similarity_of_maps_is_one_minus_their_distance(encoder, kinds, step):
 def test_similarities_that_are_none_are_refused(similarity):
     with pytest.raises(ValueError, match="wanted -1 to 1, where 1 is the reference itself"):
         Goal(similarity)
+
+
+# Which way
+
+
+def test_direction_is_the_cosine_of_two_changes(encoder, image, draw, step):
+    """F = cos(E(x) - E(picture), T(to) - T(from)), embeddings on the unit sphere, written out."""
+    denoised, x_t, sigma = step
+    change = draw(1, 5, seed=7)
+    run = make_run(Term(DirectionGuidance(image, change), encoder, 5.0))
+    guide(denoised, x_t, sigma, run)
+    target = run.references.known[max(run.references.known)][0]
+    noisy = encoder.reads == "noisy"
+    t = encoder.table.timestep(sigma[:1]) if noisy else torch.zeros(1)
+    seen = encoder(x_t / 5**0.5 if noisy else denoised, t, 3).embed
+    moved = F.normalize(seen, dim=1) - target.embed
+    wanted = F.cosine_similarity(moved, change, dim=1)
+    torch.testing.assert_close(run.trace[0].scores[0], wanted.detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_direction_is_best_along_the_change_whatever_the_picture(draw):
+    pictures, change = F.normalize(draw(2, 5), dim=1), 0.1 * draw(1, 5, seed=1)
+    for picture in pictures:
+        guidance = DirectionGuidance(torch.zeros(1, 3, 8, 8), change)
+        target = guidance.target(lambda image, depth, picture=picture: Features((), 3.0 * picture[None]))
+        along = F.normalize(picture + change, dim=1)  # the sphere bends it a little
+        other = F.normalize(picture - change, dim=1)
+        towards, away = (float(guidance.score(Features((), e), target)) for e in (along, other))
+        assert towards > 0.7
+        assert away < -0.7
+
+
+def test_two_texts_that_say_the_same_are_no_direction(image):
+    with pytest.raises(ValueError, match="wanted a change"):
+        DirectionGuidance(image, torch.zeros(1, 5))

@@ -175,3 +175,23 @@ def test_similarities_that_are_none_are_refused(run, text, value):
     for node, name in (("SDGGuidanceTarget", "similarity"), ("SDGGuidanceAway", "until")):
         with pytest.raises(ValueError, match=r"wanted -1 to 1|finite number"):
             run(node, guidance=text, **{name: value})
+
+
+# Which way
+
+
+def test_direction_edits_one_way_or_the_other(run, sample, noisy_clip):
+    image = torch.rand(1, 16, 16, 3, generator=torch.Generator().manual_seed(2))
+    texts = {"from_text": "a person", "to_text": "a person with glasses"}
+    swapped = {"from_text": texts["to_text"], "to_text": texts["from_text"]}
+
+    def edited(texts, scale):
+        common = {"noisy_clip": noisy_clip, "image": image, "scale": scale, **WHOLE}
+        return sample(run("SDGDirectionGuidance", **common, **texts))
+
+    assert not torch.equal(edited(texts, 50.0), sample())
+    assert torch.allclose(edited(swapped, 50.0), edited(texts, -50.0), atol=1e-3)
+    with pytest.raises(ValueError, match="wanted a change"):
+        edited(texts | {"to_text": "a person"}, 50.0)
+    with pytest.raises(ValueError, match="empty text"):
+        edited(texts | {"to_text": " "}, 50.0)

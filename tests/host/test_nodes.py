@@ -18,7 +18,7 @@ IDS = {
     "SDGPaperSampler", "SDGLoadCLIP", "SDGEncoderCrossfade", "SDGLoadAutoencoder", "SDGGuidanceFrames",
     "SDGFinetuneNoisyCLIP", "SDGSaveNoisyCLIP", "SDGGuidanceSchedule",
     "SDGGuidanceMask",
-    "SDGGuidanceTarget", "SDGGuidanceAway",
+    "SDGGuidanceTarget", "SDGGuidanceAway", "SDGDirectionGuidance",
 }  # fmt: skip
 
 
