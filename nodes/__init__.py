@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .controls import SDGGuidanceAway, SDGGuidanceMask, SDGGuidanceSchedule, SDGGuidanceTarget
+from .controls import SDGGuidanceAway, SDGGuidanceMask, SDGGuidanceReferences, SDGGuidanceSchedule, SDGGuidanceTarget
 from .finetune import SDGFinetuneNoisyCLIP, SDGSaveNoisyCLIP
 from .guidance import (
     SDGCombineGuidance,
@@ -44,6 +44,7 @@ NODES: list[type[io.ComfyNode]] = [
     SDGGuidanceMask,
     SDGGuidanceTarget,
     SDGGuidanceAway,
+    SDGGuidanceReferences,
     SDGGuidedKSampler,
     SDGApplyGuidance,
     SDGPaperSampler,

@@ -8,10 +8,10 @@ from dataclasses import replace
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..sdg_core.method import EASES, Curve, Goal, Region, Term
+from ..sdg_core.method import CHOICES, EASES, Curve, Goal, Region, Several, Term
 from . import host
 from .guidance import GuidanceSocket, guidance_output
-from .inputs import check_finite, to_mask, to_points
+from .inputs import check_finite, to_mask, to_points, to_weights
 
 POINTS = "0:1, 1:1"
 
@@ -184,3 +184,37 @@ class SDGGuidanceAway(io.ComfyNode):
         check_finite(until=until)
         goal = Goal(until, adapted=False)
         return modified(guidance, lambda term: replace(term, scale=-abs(term.scale), goal=goal))
+
+
+class SDGGuidanceReferences(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SDGGuidanceReferences",
+            display_name="Guidance References (SDG)",
+            category="SDG/guidance",
+            description="Says how a guidance follows several reference pictures, given to it as one batch: all, the "
+            "nearest, each in turn, or each picture its own.",
+            inputs=[
+                guidance_input(),
+                io.Combo.Input(
+                    "choice",
+                    options=list(CHOICES),
+                    default="mean",
+                    tooltip="mean: all at once. nearest: the one each picture fits best. in turn: another at each "
+                    "step. one each: the first picture follows the first, and so on.",
+                ),
+                io.String.Input(
+                    "weights",
+                    default="",
+                    tooltip="One number above 0 for each reference, with commas: how much, or how often, it counts. "
+                    "Empty: all alike. one each takes none.",
+                ),
+            ],
+            outputs=[guidance_output()],
+        )
+
+    @classmethod
+    def execute(cls, guidance: host.HostGuidance, choice: str, weights: str) -> io.NodeOutput:
+        several = Several(choice, to_weights(weights))
+        return modified(guidance, lambda term: replace(term, several=several))

@@ -98,6 +98,17 @@ def to_layers(layers: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def to_weights(weights: str) -> tuple[float, ...]:
+    """ "1, 0.5" -> (1.0, 0.5), and "" -> (). Raises ValueError for anything but numbers and commas."""
+    try:
+        return tuple(float(part) for part in weights.split(",") if part.strip())
+    except ValueError as error:
+        raise ValueError(
+            f"Got the weights {shown(weights)}; wanted numbers separated by commas, one for each reference. Write for "
+            "example 1, 0.5, or leave it empty."
+        ) from error
+
+
 def to_points(points: str) -> tuple[tuple[float, float], ...]:
     """ "0:0, 0.3:1" -> ((0.0, 0.0), (0.3, 1.0)). Raises ValueError for anything but pairs of numbers and commas."""
     pairs = [tuple(part.split(":")) for part in points.split(",") if part.strip()]

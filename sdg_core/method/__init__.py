@@ -6,7 +6,7 @@ Read in this order: ``schedule`` (x_t = alpha x_0 + sigma eps), ``views`` (what 
 alpha grad F). It knows encoders by their contract only, and no host.
 """
 
-from .controls import EASES, Curve, Ease, Goal, Region, feathered
+from .controls import CHOICES, EASES, Choice, Curve, Ease, Goal, Region, Several, feathered
 from .features import Encoder, Features, NoisyEncoder, embedding, gram, squared_distance, squared_size, unit
 from .gradient import Sight, Target, as_normal, gradient_scope, score_gradient
 from .guidance import (
@@ -34,12 +34,14 @@ from .strength import Strength, rms
 from .views import PIXEL_VIEW, DecodedView, LatentFormat, LinearView, PixelView, View
 
 __all__ = [
+    "CHOICES",
     "DEFAULT_INTERVAL",
     "DEFAULT_SCALE",
     "EASES",
     "PIXEL_VIEW",
     "REFERENCE_SEED",
     "Batch",
+    "Choice",
     "ContentGuidance",
     "Convention",
     "Curve",
@@ -58,6 +60,7 @@ __all__ = [
     "NoisyEncoder",
     "PixelView",
     "Region",
+    "Several",
     "Sight",
     "StepTrace",
     "Strength",

@@ -150,6 +150,58 @@ class Goal:
         return (math.copysign(1.0, scale) * (self.similarity - 1 + best - score)).clamp(min=0)
 
 
+Choice = Literal["mean", "nearest", "in turn", "one each"]
+CHOICES: tuple[Choice, ...] = get_args(Choice)
+
+
+@dataclass(frozen=True)
+class Several:
+    """How one guidance follows several references r, with weights w_r (none: all 1), s_r their scores:
+
+    - "mean": F = sum_r w_r s_r / sum_r w_r.
+    - "nearest": F = s_r of the r with the least (best - s_r) / w_r, each sample its own.
+    - "in turn": F = s_r, another r at each noise level, as often as its weight says.
+    - "one each": F = s_r with r the number of the picture in its batch; weights don't count.
+    """
+
+    choice: Choice
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.choice not in CHOICES:
+            raise ValueError(f'Got the choice "{self.choice}" of references; wanted one of: {", ".join(CHOICES)}.')
+        if not all(math.isfinite(w) and w > 0 for w in self.weights):
+            raise ValueError(
+                f"Got the weights {list(self.weights)} of references; wanted numbers above 0. Take references with no "
+                "weight out of the batch."
+            )
+
+    def weights_of(self, count: int) -> tuple[float, ...]:
+        """The weights of so many references. Raises ValueError where there are others."""
+        if self.weights and len(self.weights) != count:
+            raise ValueError(
+                f"Got {len(self.weights)} weights for {count} references; wanted one for each, or none. Write "
+                f"{count} numbers with commas, or leave weights empty."
+            )
+        return self.weights or (1.0,) * count
+
+    def joined(self, scores: Tensor, best: float) -> Tensor:
+        """One score of every sample (B,) from those of all references (R, B): "mean" or "nearest"."""
+        weights = scores.new_tensor(self.weights_of(len(scores)))[:, None]
+        if self.choice == "mean":
+            return (weights * scores).sum(dim=0) / weights.sum()
+        nearest = ((best - scores.detach()) / weights).argmin(dim=0, keepdim=True)
+        return scores.gather(0, nearest)[0]
+
+    def turn(self, count: int, number: int) -> int:
+        """Which of so many references is on at the turn of this number: the one that is furthest behind its weight."""
+        weights, had = self.weights_of(count), [0] * count
+        for _ in range(number + 1):
+            latest = min(range(count), key=lambda r: (had[r] + 1) / weights[r])
+            had[latest] += 1
+        return latest
+
+
 def check_every(every: int) -> int:
     """Every how many steps, if that is 1 or more. Raises ValueError otherwise."""
     if every < 1:

@@ -26,6 +26,11 @@ class Features:
     embed: Tensor | None = None
     where: Tensor | None = None
 
+    @property
+    def count(self) -> int:
+        """How many samples they are of."""
+        return len(self.maps[0] if self.embed is None else self.embed)
+
     def to(self, device: torch.device) -> Features:
         """The same features on a device."""
         return self.map(lambda tensor: tensor.to(device))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .controls import Several
 from .features import Encoder, Features
 from .guidance import Guidance, Term
 from .precision import precise
@@ -141,11 +142,12 @@ def _through_decoder(seen: Tensor, picture: Tensor, x: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Target:
     """What a term compares with. ``reference`` (B,) picks one of the target's references for each sample (the frames of
-    a video); None averages over all of them.
+    a video); None averages over all of them, or joins them as ``several`` says.
     """
 
     features: Features
     reference: Tensor | None = None
+    several: Several | None = None
 
     def take(self, rows: slice) -> Target:
         return self if self.reference is None else Target(self.features, self.reference[rows])
@@ -153,6 +155,9 @@ class Target:
     def score(self, guidance: Guidance, features: Features) -> Tensor:
         """(B,)."""
         wanted = _normal(self.features)
+        if self.several is not None:
+            each = [guidance.score(features, wanted.take(slice(r, r + 1))) for r in range(wanted.count)]
+            return self.several.joined(torch.stack(each), guidance.best)
         if self.reference is None:
             return guidance.score(features, wanted)
         parts = []

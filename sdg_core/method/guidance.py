@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .controls import Curve, Goal, Region, check_every
+from .controls import Curve, Goal, Region, Several, check_every
 from .features import Encoder, Features, counts, gram, squared_distance, squared_size, unit
 from .precision import precise
 
@@ -206,7 +206,7 @@ class Term:
     noise, where two encoders share the work. ``frames``: those of a video to guide, negative ones counted from the
     end; None is all. The other fields are ``controls``: ``curves`` multiply the scale over the run; the gradient is
     taken at ``every`` k-th noise level only and reused between; ``region`` bounds what is read and
-    shifted; at its ``goal`` it stops.
+    shifted; at its ``goal`` it stops; ``several`` says how it follows more than one reference.
     """
 
     guidance: Guidance
@@ -220,6 +220,7 @@ class Term:
     every: int = 1
     region: Region | None = None
     goal: Goal | None = None
+    several: Several | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= 1:

@@ -80,10 +80,11 @@ class References:
     """Targets of one run's guidances, by noise level and number of the term.
 
     Only the latest noise levels are kept; a sampler of higher order comes back to those. References of encoders that
-    read denoised are clean and stay.
+    read denoised are clean and stay. ``levels`` are all noise levels seen so far: references take turns by them.
     """
 
     known: dict[float, dict[int, Features]] = field(default_factory=dict)
+    levels: set[float] = field(default_factory=set)
 
     def target(self, k: int, term: Term, view: View, batch: Batch, ratio: Tensor | None) -> Target:
         """The target of a term, number k, at the noise ``ratio`` (1,), None where references are looked at clean."""
@@ -94,7 +95,20 @@ class References:
         noisy = [key for key in self.known if key != CLEAN]
         for key in noisy[:-LEVELS_KEPT]:
             del self.known[key]
-        return Target(level[k], _of_frames(term.guidance, batch))
+        return self._chosen(level[k], term, batch)
+
+    def _chosen(self, features: Features, term: Term, batch: Batch) -> Target:
+        """Which references (R of them) each sample follows, and how."""
+        if term.several is None:
+            return Target(features, _of_frames(term.guidance, batch))
+        count, choice, now = features.count, term.several.choice, float(batch.sigma.max())
+        if choice in ("mean", "nearest"):
+            return Target(features, None, term.several)
+        if choice == "one each":
+            return Target(features, batch.item % count)
+        self.levels.add(now)
+        turn = term.several.turn(count, sum(level > now for level in self.levels))
+        return Target(features, torch.full_like(batch.item, turn))
 
 
 def look(term: Term, view: View, x_t: Tensor, ratio: Tensor | None, image: Tensor, depth: int | None) -> Features:

@@ -20,6 +20,7 @@ from sdg_core.method import (
     Goal,
     GuidanceRun,
     Region,
+    Several,
     Strength,
     StructureGuidance,
     StyleGuidance,
@@ -506,3 +507,98 @@ def test_direction_is_best_along_the_change_whatever_the_picture(draw):
 def test_two_texts_that_say_the_same_are_no_direction(image):
     with pytest.raises(ValueError, match="wanted a change"):
         DirectionGuidance(image, torch.zeros(1, 5))
+
+
+# How many
+
+
+@pytest.fixture
+def three(draw):
+    """Three references, and guidances of every kind that follow them."""
+    images = draw(3, 3, 8, 8, seed=11).clamp(-1, 1)
+    return images, {
+        "content": ContentGuidance(images),
+        "structure": StructureGuidance(images, layers=(1, 2)),
+        "style": StyleGuidance(images, layers=(2,)),
+        "direction": DirectionGuidance(images, draw(1, 5, seed=7)),
+    }
+
+
+REFERRING = ["content", "structure", "style", "direction"]
+
+
+def scores_of(step, guidance, encoder, several: Several | None) -> tuple[Tensor, Tensor]:
+    """The scores (B,) and the shift."""
+    run = make_run(Term(guidance, encoder, 5.0, several=several))
+    shift = shift_of(step, run)
+    return run.trace[0].scores[0], shift
+
+
+@pytest.mark.parametrize("kind", REFERRING)
+def test_mean_and_nearest_are_those_of_the_single_references(kind, encoder, three, step):
+    images, guidances = three
+    alone = [scores_of(step, replace(guidances[kind], image=images[r : r + 1]), encoder, None) for r in range(3)]
+    scores, shifts = (torch.stack(values) for values in zip(*alone, strict=True))
+    weights = torch.tensor([1.0, 2.0, 0.5])
+    got = scores_of(step, guidances[kind], encoder, Several("mean", (1.0, 2.0, 0.5)))
+    part = weights / weights.sum()
+    torch.testing.assert_close(got[0], (part[:, None] * scores).sum(0), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got[1], torch.einsum("r,rbchw->bchw", part, shifts), rtol=1e-9, atol=1e-9)
+    got = scores_of(step, guidances[kind], encoder, Several("nearest", (1.0, 2.0, 0.5)))
+    nearest = ((guidances[kind].best - scores) / weights[:, None]).argmin(dim=0)
+    torch.testing.assert_close(got[0], scores[nearest, torch.arange(4)], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got[1], shifts[nearest, torch.arange(4)], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("choice", ["mean", "nearest"])
+@pytest.mark.parametrize("kind", REFERRING)
+def test_the_order_of_references_does_not_matter(kind, choice, encoder, three, step):
+    images, guidances = three
+    order, weights = [2, 0, 1], (1.0, 2.0, 0.5)
+    ordered = replace(guidances[kind], image=images[order])
+    one = scores_of(step, guidances[kind], encoder, Several(choice, weights))
+    other = scores_of(step, ordered, encoder, Several(choice, tuple(weights[r] for r in order)))
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", REFERRING)
+def test_a_mean_without_weights_is_the_guidance_as_it_was(kind, encoder, three, step):
+    _, guidances = three
+    for a, b in zip(*(scores_of(step, guidances[kind], encoder, s) for s in (None, Several("mean"))), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_references_take_turns_over_the_steps(encoder, three, step):
+    images, guidances = three
+    run = make_run(Term(guidances["content"], encoder, 5.0, several=Several("in turn", (1.0, 2.0, 1.0))))
+    turns = []
+    for sigma in (9.0, 8.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0):
+        shift = shift_of(step, run, sigma)
+        alone = [
+            shift_of(step, make_run(Term(replace(guidances["content"], image=images[r : r + 1]), encoder, 5.0)), sigma)
+            for r in range(3)
+        ]
+        (turn,) = [r for r in range(3) if torch.allclose(shift, alone[r], rtol=1e-9, atol=1e-12)]
+        turns.append(turn)
+    assert turns[1] == turns[2]  # a second look at one noise level
+    del turns[2]
+    assert [turns.count(r) for r in range(3)] == [2, 4, 2]
+    assert sorted(turns[:4]) == [0, 1, 1, 2]
+
+
+def test_each_picture_of_a_batch_follows_its_own_reference(encoder, three, step):
+    images, guidances = three
+    _, shift = scores_of(step, guidances["style"], encoder, Several("one each"))
+    for i in range(4):
+        single = tuple(v[i : i + 1] for v in step)
+        alone = replace(guidances["style"], image=images[i % 3 : i % 3 + 1])
+        torch.testing.assert_close(shift[i : i + 1], scores_of(single, alone, encoder, None)[1], rtol=1e-9, atol=1e-9)
+
+
+def test_weights_must_fit_the_references(encoder, three, step):
+    with pytest.raises(ValueError, match="2 weights for 3 references"):
+        scores_of(step, three[1]["content"], encoder, Several("mean", (1.0, 2.0)))
+    for weights in ((1.0, 0.0), (-1.0,), (math.nan,)):
+        with pytest.raises(ValueError, match="wanted numbers above 0"):
+            Several("mean", weights)

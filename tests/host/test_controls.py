@@ -195,3 +195,22 @@ def test_direction_edits_one_way_or_the_other(run, sample, noisy_clip):
         edited(texts | {"to_text": "a person"}, 50.0)
     with pytest.raises(ValueError, match="empty text"):
         edited(texts | {"to_text": " "}, 50.0)
+
+
+# How many
+
+
+def test_each_picture_of_a_batch_follows_its_own_reference(run, sample, noisy_clip):
+    images = torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(3))
+
+    def contents(images):
+        return run("SDGContentGuidance", noisy_clip=noisy_clip, image=images, scale=200.0, **WHOLE)
+
+    each = sample(run("SDGGuidanceReferences", guidance=contents(images), choice="one each", weights=""))
+    for i in range(2):
+        alone = sample(contents(images[i : i + 1]))[i]
+        assert torch.allclose(each[i], alone, atol=1e-3)
+    mean = sample(run("SDGGuidanceReferences", guidance=contents(images), choice="mean", weights=""))
+    assert torch.allclose(mean, sample(contents(images)), atol=1e-3)
+    with pytest.raises(ValueError, match="numbers separated by commas"):
+        run("SDGGuidanceReferences", guidance=contents(images), choice="mean", weights="much")

@@ -18,7 +18,7 @@ IDS = {
     "SDGPaperSampler", "SDGLoadCLIP", "SDGEncoderCrossfade", "SDGLoadAutoencoder", "SDGGuidanceFrames",
     "SDGFinetuneNoisyCLIP", "SDGSaveNoisyCLIP", "SDGGuidanceSchedule",
     "SDGGuidanceMask",
-    "SDGGuidanceTarget", "SDGGuidanceAway", "SDGDirectionGuidance",
+    "SDGGuidanceTarget", "SDGGuidanceAway", "SDGDirectionGuidance", "SDGGuidanceReferences",
 }  # fmt: skip
 
 
