@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..sdg_core.method import (
+    Blend,
     ContentGuidance,
     DirectionGuidance,
     Guidance,
@@ -22,11 +23,12 @@ from ..sdg_core.method import (
     combine,
 )
 from . import defaults, host
-from .inputs import check_finite, to_frames, to_layers, to_prompt, to_references
+from .inputs import check_finite, shown, to_frames, to_layers, to_prompt, to_references
 from .loaders import NoisyCLIPSocket
 
 GuidanceSocket = io.Custom("SDG_GUIDANCE")
 COMBINED = 4
+CONFLICTS = ["add up", "project"]
 
 
 def noisy_clip_input() -> io.Input:
@@ -72,6 +74,39 @@ def interval_inputs(start: float, end: float) -> list[io.Input]:
             "detail to the model.",
         ),
     ]
+
+
+def blend_inputs() -> list[io.Input]:
+    """How combined guidances come together. New inputs come last, so that saved workflows keep their order."""
+    return [
+        io.Combo.Input(
+            "conflicts",
+            options=CONFLICTS,
+            default=CONFLICTS[0],
+            optional=True,
+            tooltip="What becomes of guidances that pull against each other. add up: as they are. project: "
+            "each gives up what works against another, so none undoes another.",
+        ),
+        io.Float.Input(
+            "balance",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            round=0.001,
+            optional=True,
+            tooltip="0: scales and gradients decide who pulls how strongly. 1: the weights alone, so that equal "
+            "weights pull equally. Between: part of the way.",
+        ),
+    ]
+
+
+def to_blend(conflicts: str, balance: float) -> Blend | None:
+    """The two widgets; None where guidances simply add up. Raises ValueError for other words."""
+    if conflicts not in CONFLICTS:
+        raise ValueError(f"Got the conflicts {shown(conflicts)}; wanted one of: {', '.join(CONFLICTS)}. Choose one.")
+    blend = Blend(balance, conflicts == "project")
+    return blend if blend.project or blend.balance else None
 
 
 def guidance_output() -> io.Output:
@@ -323,7 +358,7 @@ class SDGCombineGuidance(io.ComfyNode):
             category="SDG/guidance",
             description="Adds guidances up, each with a weight: text and pictures pull at once. "
             "Chain it for more than four.",
-            inputs=[part for number in range(1, COMBINED + 1) for part in cls.pair(number)],
+            inputs=[part for number in range(1, COMBINED + 1) for part in cls.pair(number)] + blend_inputs(),
             outputs=[guidance_output()],
         )
 
@@ -359,15 +394,17 @@ class SDGCombineGuidance(io.ComfyNode):
         weight_3: float = 1.0,
         guidance_4: host.HostGuidance | None = None,
         weight_4: float = 1.0,
+        conflicts: str = CONFLICTS[0],
+        balance: float = 0.0,
     ) -> io.NodeOutput:
-        check_finite(weight_1=weight_1, weight_2=weight_2, weight_3=weight_3, weight_4=weight_4)
+        check_finite(weight_1=weight_1, weight_2=weight_2, weight_3=weight_3, weight_4=weight_4, balance=balance)
         pairs = [(guidance_1, weight_1), (guidance_2, weight_2), (guidance_3, weight_3), (guidance_4, weight_4)]
         named = [(f"guidance_{number}", *pair) for number, pair in enumerate(pairs, 1) if pair[0] is not None]
         parts = [(host.to_guidance(guidance, name), weight) for name, guidance, weight in named]
         if not parts:
             raise ValueError("Nothing to combine: all guidance inputs are empty. Connect at least one guidance.")
         patchers = {id(patcher): patcher for guidance, _ in parts for patcher in guidance.patchers}
-        terms = combine([(guidance.terms, weight) for guidance, weight in parts])
+        terms = combine([(guidance.terms, weight) for guidance, weight in parts], to_blend(conflicts, balance))
         return io.NodeOutput(host.HostGuidance(terms, tuple(patchers.values())))
 
 

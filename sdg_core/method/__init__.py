@@ -1,11 +1,12 @@
 """The method: what a noisy picture is, what guidance reads in it, and the correction of a step. The paper's formulas.
 
 Read in this order: ``schedule`` (x_t = alpha x_0 + sigma eps), ``views`` (what an encoder looks at), ``features``
-(what it gives), ``controls`` (when and how a score counts), ``guidance`` (the scores F), ``gradient`` (grad F),
-``strength`` (how large a shift), ``run`` and ``references`` (what a run remembers), ``guide`` (denoised + sigma^2 /
-alpha grad F). It knows encoders by their contract only, and no host.
+(what it gives), ``controls`` and ``blend`` (when and how a score counts), ``guidance`` (the scores F), ``gradient``
+(grad F), ``strength`` (how large a shift), ``run`` and ``references`` (what a run remembers), ``guide`` (denoised +
+sigma^2 / alpha grad F). It knows encoders by their contract only, and no host.
 """
 
+from .blend import Blend
 from .controls import CHOICES, EASES, Choice, Curve, Ease, Goal, Region, Several, feathered
 from .features import Encoder, Features, NoisyEncoder, embedding, gram, squared_distance, squared_size, unit
 from .gradient import Sight, Target, as_normal, gradient_scope, score_gradient
@@ -41,6 +42,7 @@ __all__ = [
     "PIXEL_VIEW",
     "REFERENCE_SEED",
     "Batch",
+    "Blend",
     "Choice",
     "ContentGuidance",
     "Convention",

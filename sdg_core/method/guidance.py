@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .blend import Blend
 from .controls import Curve, Goal, Region, Several, check_every
 from .features import Encoder, Features, counts, gram, squared_distance, squared_size, unit
 from .precision import precise
@@ -206,7 +207,8 @@ class Term:
     noise, where two encoders share the work. ``frames``: those of a video to guide, negative ones counted from the
     end; None is all. The other fields are ``controls``: ``curves`` multiply the scale over the run; the gradient is
     taken at ``every`` k-th noise level only and reused between; ``region`` bounds what is read and
-    shifted; at its ``goal`` it stops; ``several`` says how it follows more than one reference.
+    shifted; at its ``goal`` it stops; ``several`` says how it follows more than one reference; terms
+    of one ``blend`` come together by it, at their ``share``.
     """
 
     guidance: Guidance
@@ -221,6 +223,8 @@ class Term:
     region: Region | None = None
     goal: Goal | None = None
     several: Several | None = None
+    blend: Blend | None = None
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= 1:
@@ -234,7 +238,7 @@ class Term:
     def apart(self) -> bool:
         """Whether a control needs this term's gradient by itself, from a pass of its own."""
         masked = self.region is not None and self.region.picture is not None
-        return self.every > 1 or masked or self.goal is not None
+        return self.every > 1 or masked or self.goal is not None or self.blend is not None
 
     @property
     def aims(self) -> bool:
@@ -242,9 +246,21 @@ class Term:
         return self.goal is not None and self.goal.adapted
 
 
-def combine(parts: Sequence[tuple[tuple[Term, ...], float]]) -> tuple[Term, ...]:
-    """The weighted sum of guidances: F = w_1 F_1 + w_2 F_2 + ..., as one tuple of terms."""
-    return tuple(replace(term, scale=weight * term.scale) for terms, weight in parts for term in terms)
+def combine(parts: Sequence[tuple[tuple[Term, ...], float]], blend: Blend | None = None) -> tuple[Term, ...]:
+    """The weighted sum of guidances: F = w_1 F_1 + w_2 F_2 + ..., as one tuple of terms.
+
+    With a ``blend`` their gradients come together by that, each with its weight as its share of the pull.
+    """
+    return tuple(
+        replace(
+            term,
+            scale=weight * term.scale,
+            share=abs(weight) * term.share,
+            blend=term.blend if blend is None else blend,
+        )
+        for terms, weight in parts
+        for term in terms
+    )
 
 
 def check_layers(layers: tuple[int, ...], encoder: Encoder) -> tuple[int, ...]:

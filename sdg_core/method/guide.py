@@ -68,23 +68,49 @@ class Pull(NamedTuple):
 
 def _pull(batch: Batch, weights: Tensor, run: GuidanceRun) -> Pull:
     apart = [k for k, term in enumerate(run.terms) if term.apart and bool((weights[k] != 0).any())]
-    grad, scores, aimed = torch.zeros_like(batch.x_t), torch.zeros_like(weights), None
+    grad, scores = torch.zeros_like(batch.x_t), torch.zeros_like(weights)
     for encoder, members, rows in run.active(_without(weights, apart), batch):
         some, seen = weights[members][:, rows], batch.take(rows)
         part, part_scores = _encoder_gradient(encoder, members, seen, some, run)
         grad[rows] += _of_x_t(encoder, part, seen, run)
         scores[torch.tensor(members)[:, None], rows] = part_scores.to(scores)
+    aimed = None
+    parts: dict[int, Tensor] = {}
     for k in apart:
         own, scores[k] = _own_gradient(k, weights[k] != 0, batch, run)
-        mask = batch.mask(run.terms[k], (own.shape[-2], own.shape[-1]))
-        part = own if mask is None else mask * own
-        slope = (own * part).flatten(1).sum(dim=1)
-        part = expand(_amount(run.terms[k], weights[k], scores[k], slope, batch, run), own) * part
+        part = _counted(k, own, scores[k], weights[k], batch, run)
         if run.terms[k].aims:
             aimed = part if aimed is None else aimed + part
         else:
-            grad += part
+            parts[k] = part
+    for part in _blended(parts, weights, run):
+        grad += part
     return Pull(grad, aimed, scores)
+
+
+def _blended(parts: dict[int, Tensor], weights: Tensor, run: GuidanceRun) -> list[Tensor]:
+    """The parts (B, C, H, W) of terms k, those that share a blend brought together by it."""
+    groups: dict[int, list[int]] = {}
+    for k in parts:
+        blend = run.terms[k].blend
+        groups.setdefault(-1 - k if blend is None else id(blend), []).append(k)
+    found = []
+    for members in groups.values():
+        blend = run.terms[members[0]].blend
+        if blend is None or len(members) == 1:
+            found += [parts[k] for k in members]
+            continue
+        shares = torch.stack([weights[k] / run.terms[k].scale * run.terms[k].share for k in members])
+        found += blend(torch.stack([parts[k] for k in members]), shares).unbind()
+    return found
+
+
+def _counted(k: int, own: Tensor, score: Tensor, weight: Tensor, batch: Batch, run: GuidanceRun) -> Tensor:
+    """What a term's own gradient (B, C, H, W) adds: times what it counts, inside its mask."""
+    mask = batch.mask(run.terms[k], (own.shape[-2], own.shape[-1]))
+    part = own if mask is None else mask * own
+    slope = (own * part).flatten(1).sum(dim=1)
+    return expand(_amount(run.terms[k], weight, score, slope, batch, run), own) * part
 
 
 def _amount(term: Term, weight: Tensor, score: Tensor, slope: Tensor, batch: Batch, run: GuidanceRun) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdg_core.method import (
     EASES,
+    Blend,
     ContentGuidance,
     Convention,
     Curve,
@@ -27,6 +28,7 @@ from sdg_core.method import (
     Term,
     TextGuidance,
     TimestepTable,
+    combine,
     feathered,
     gram,
     guide,
@@ -602,3 +604,98 @@ def test_weights_must_fit_the_references(encoder, three, step):
     for weights in ((1.0, 0.0), (-1.0,), (math.nan,)):
         with pytest.raises(ValueError, match="wanted numbers above 0"):
             Several("mean", weights)
+
+
+# Together
+
+
+def shares_of(step, terms: tuple[Term, ...], alone: tuple[Term, ...], strength: Strength) -> Tensor:
+    """The size of every term's part of the shift (K, B): the shift in the basis of what the terms do alone."""
+    shift = shift_of(step, make_run(*terms, strength=strength)).flatten(1)
+    basis = torch.stack([F.normalize(shift_of(step, make_run(term)).flatten(1), dim=1) for term in alone], dim=2)
+    parts = torch.linalg.lstsq(basis, shift[..., None]).solution
+    torch.testing.assert_close((basis @ parts)[..., 0], shift, rtol=1e-7, atol=1e-9)
+    return parts[..., 0].T
+
+
+@pytest.mark.parametrize("strength", [Strength("relative", 0.3), UNBOUND])
+def test_balanced_guidances_pull_by_their_weights_whatever_their_gradients(strength, encoder, kinds, step):
+    terms = [
+        Term(kinds["text"], encoder, 200.0),
+        Term(kinds["style"], encoder, 1000.0),
+        Term(kinds["content"], encoder, 3.0),
+    ]
+    equal = shares_of(step, combine([((t,), 1.0) for t in terms], Blend(1.0)), terms, strength)
+    print("equal weights, sizes over their mean:", (equal / equal.mean(dim=0)).tolist())
+    torch.testing.assert_close(equal, equal.mean(dim=0).expand_as(equal), rtol=1e-6, atol=0)
+    weighted = shares_of(
+        step, combine(list(zip([(t,) for t in terms], (1.0, 2.0, 3.0), strict=True)), Blend(1.0)), terms, strength
+    )
+    torch.testing.assert_close(weighted[1:] / weighted[0], torch.tensor([[2.0], [3.0]]).expand(2, 4), rtol=1e-6, atol=0)
+
+
+def test_a_balance_of_zero_is_the_plain_sum(encoder, kinds, step):
+    terms = [((Term(kinds[kind], encoder, 5.0),), w) for kind, w in (("text", 1.0), ("style", -2.0))]
+    plain, blended = (shift_of(step, make_run(*combine(terms, blend))) for blend in (None, Blend(0.0)))
+    torch.testing.assert_close(blended, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_two_gradients_in_conflict_lose_what_is_against_the_other(draw):
+    a, b = draw(2, 3, 4, 4), draw(2, 3, 4, 4, seed=1)
+    b = b - 2 * a  # a conflict, in both samples
+    got = Blend(project=True)(torch.stack([a, b]), torch.ones(2, 2))
+    dots = (a * b).flatten(1).sum(1).view(2, 1, 1, 1)
+    norms = [v.square().flatten(1).sum(1).view(2, 1, 1, 1) for v in (a, b)]
+    torch.testing.assert_close(got[0], a - dots / norms[1] * b, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got[1], b - dots / norms[0] * a, rtol=1e-9, atol=1e-9)
+
+
+def test_projection_is_the_nearest_that_lowers_no_score_in_any_order(draw):
+    common = draw(1, 2, 3, 4, 4)
+    signs = torch.tensor([1.0, -1.0, -0.5, 0.8]).view(4, 1, 1, 1, 1)
+    grads = draw(4, 2, 3, 4, 4, seed=1) + signs * common
+    blend = Blend(project=True)
+    got = blend(grads, torch.ones(4, 2))
+    dots = torch.einsum("kbchw,jbchw->bkj", got, grads)
+    own = torch.eye(4, dtype=torch.bool)
+    assert float(torch.einsum("kbchw,jbchw->bkj", grads, grads).min()) < -1
+    assert float(dots[:, ~own].min()) > -1e-6
+    assert float(torch.einsum("kbchw,jbchw->kb", got, grads).min()) > -1e-6  # the sum of all, against each
+    # nearest: what was given up lies in the cone of those it works against (Moreau), so it is orthogonal to the rest
+    given = got - grads
+    assert float((given * got).flatten(2).sum(2).abs().max()) < 1e-6
+    order = [2, 0, 3, 1]
+    torch.testing.assert_close(blend(grads[order], torch.ones(4, 2)), got[order], rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_without_conflict_stay_as_they_are(draw):
+    grads = draw(3, 2, 3, 4, 4).abs()
+    assert torch.equal(Blend(project=True)(grads, torch.ones(3, 2)), grads)
+
+
+def test_opposite_gradients_cancel_and_copies_do_not_count_twice(draw):
+    a = draw(1, 3, 4, 4)
+    got = Blend(project=True)(torch.stack([a, -a, -2 * a]), torch.ones(3, 1))
+    assert float(got.abs().max()) < 1e-6
+
+
+def test_together_does_not_depend_on_the_order_or_on_the_batch(encoder, kinds, step):
+    terms = [
+        Term(kinds["text"], encoder, 50.0),
+        Term(kinds["content"], encoder, -80.0),
+        Term(kinds["style"], encoder, 9.0),
+    ]
+
+    def blended(order: list[int], step) -> Tensor:
+        return shift_of(step, make_run(*combine([((terms[k],), 1.0 + k) for k in order], Blend(0.5, True))))
+
+    batch = blended([0, 1, 2], step)
+    torch.testing.assert_close(blended([2, 0, 1], step), batch, rtol=1e-9, atol=1e-9)
+    for i in range(4):
+        single = blended([0, 1, 2], tuple(v[i : i + 1] for v in step))
+        torch.testing.assert_close(batch[i : i + 1], single, rtol=1e-9, atol=1e-9)
+
+
+def test_a_balance_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"balance of 1\.5; wanted 0"):
+        Blend(1.5)

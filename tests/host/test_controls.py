@@ -214,3 +214,25 @@ def test_each_picture_of_a_batch_follows_its_own_reference(run, sample, noisy_cl
     assert torch.allclose(mean, sample(contents(images)), atol=1e-3)
     with pytest.raises(ValueError, match="numbers separated by commas"):
         run("SDGGuidanceReferences", guidance=contents(images), choice="mean", weights="much")
+
+
+# Together
+
+
+def test_combine_guidance_by_default_adds_up(run, sample, both, text, content):
+    assert torch.equal(
+        sample(run("SDGCombineGuidance", guidance_1=text, guidance_2=content, conflicts="add up", balance=0.0)),
+        sample(both),
+    )
+
+
+def test_projected_and_balanced_guidances_do_not_depend_on_their_inputs_order(run, sample, text, content):
+    settings = {"conflicts": "project", "balance": 1.0}
+    one = run("SDGCombineGuidance", guidance_1=text, guidance_2=content, **settings)
+    other = run("SDGCombineGuidance", guidance_1=content, guidance_4=text, **settings)
+    assert torch.allclose(
+        sample(one, strength="relative", cap=0.3), sample(other, strength="relative", cap=0.3), atol=1e-4
+    )
+    assert not torch.equal(sample(one), sample())
+    with pytest.raises(ValueError, match="wanted one of: add up, project"):
+        run("SDGCombineGuidance", guidance_1=text, conflicts="fight")
