@@ -61,6 +61,8 @@ class Memory:
 
     def find(self, level: float, wanted: Tensor, shape: torch.Size) -> Kept | None:
         """The gradient to reuse at a noise level for the samples ``wanted`` (B,), None where a new one is due."""
+        if self.every == 1:
+            return None
         self.levels.add(level)
         above = [s for s in self.kept if s >= level]
         if not above:

@@ -275,6 +275,13 @@ def test_inside_its_mask_a_guidance_pulls_as_strongly_as_elsewhere(encoder, kind
     torch.testing.assert_close(inside.sqrt(), 0.3 * rms(step[1] - step[0]), rtol=1e-9, atol=1e-9)
 
 
+def test_a_second_look_at_one_noise_level_takes_a_gradient_of_its_own(encoder, kinds, step, mask):
+    run = make_run(Term(kinds["content"], encoder, 5.0, region=Region(mask)))
+    shift_of(step, run)
+    other = tuple(v.flip(0) for v in step)
+    torch.testing.assert_close(shift_of(other, run), shift_of(other, make_run(*run.terms)), rtol=1e-9, atol=1e-9)
+
+
 def test_each_picture_has_its_own_mask(encoder, kinds, step):
     masks = (torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(0)) > 0.5).double()
     term = Term(kinds["content"], encoder, 5.0)
