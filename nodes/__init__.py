@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .controls import SDGGuidanceAway, SDGGuidanceMask, SDGGuidanceReferences, SDGGuidanceSchedule, SDGGuidanceTarget
+from .controls import (
+    SDGGuidanceAugment,
+    SDGGuidanceAway,
+    SDGGuidanceMask,
+    SDGGuidanceReferences,
+    SDGGuidanceSchedule,
+    SDGGuidanceTarget,
+)
 from .finetune import SDGFinetuneNoisyCLIP, SDGSaveNoisyCLIP
 from .guidance import (
     SDGCombineGuidance,
@@ -45,6 +52,7 @@ NODES: list[type[io.ComfyNode]] = [
     SDGGuidanceTarget,
     SDGGuidanceAway,
     SDGGuidanceReferences,
+    SDGGuidanceAugment,
     SDGGuidedKSampler,
     SDGApplyGuidance,
     SDGPaperSampler,

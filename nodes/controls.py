@@ -8,7 +8,18 @@ from dataclasses import replace
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..sdg_core.method import CHOICES, EASES, Curve, Goal, Region, Several, Term
+from ..sdg_core.method import (
+    CHOICES,
+    EASES,
+    Augment,
+    ContentGuidance,
+    Curve,
+    Goal,
+    Region,
+    Several,
+    Term,
+    TextGuidance,
+)
 from . import host
 from .guidance import GuidanceSocket, guidance_output
 from .inputs import check_finite, to_mask, to_points, to_weights
@@ -218,3 +229,61 @@ class SDGGuidanceReferences(io.ComfyNode):
     def execute(cls, guidance: host.HostGuidance, choice: str, weights: str) -> io.NodeOutput:
         several = Several(choice, to_weights(weights))
         return modified(guidance, lambda term: replace(term, several=several))
+
+
+class SDGGuidanceAugment(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SDGGuidanceAugment",
+            display_name="Guidance Augment (SDG)",
+            category="SDG/guidance",
+            description="Lets a clean encoder (Load CLIP) look at random crops and mirror images, so that it can't be "
+            "pleased by hidden patterns. Noisy CLIPs need none and stay as they are.",
+            inputs=[
+                guidance_input(),
+                io.Int.Input(
+                    "crops",
+                    default=4,
+                    min=0,
+                    max=64,
+                    tooltip="Crops at each step, their gradients averaged. More is steadier and slower: each costs a "
+                    "pass. 0 is off. Usual: 2 to 8.",
+                ),
+                io.Float.Input(
+                    "least",
+                    default=0.7,
+                    min=0.1,
+                    max=1.0,
+                    step=0.05,
+                    round=0.001,
+                    tooltip="The smallest crop, as a part of the picture's sides. Lower looks at details, 1 mirrors "
+                    "only. Usual: 0.5 to 0.9.",
+                ),
+                io.Boolean.Input(
+                    "spherical",
+                    default=False,
+                    tooltip="Text and content: the angle instead of its cosine. Pulls on where the cosine is nearly "
+                    "reached. Off: the cosine.",
+                ),
+            ],
+            outputs=[guidance_output()],
+        )
+
+    @classmethod
+    def execute(cls, guidance: host.HostGuidance, crops: int, least: float, spherical: bool) -> io.NodeOutput:
+        check_finite(least=least)
+        augment = Augment(crops, least) if crops else None
+        terms = host.to_guidance(guidance).terms
+        if augment is not None and not any(term.encoder.reads == "denoised" for term in terms):
+            raise ValueError(
+                "Got a guidance that looks through noisy CLIPs only; crops are for clean ones. Use Load CLIP (SDG) or "
+                "an Encoder Crossfade, or take this node out."
+            )
+
+        def change(term: Term) -> Term:
+            if isinstance(term.guidance, TextGuidance | ContentGuidance):
+                term = replace(term, guidance=replace(term.guidance, spherical=spherical))
+            return replace(term, augment=augment) if term.encoder.reads == "denoised" else term
+
+        return modified(guidance, change)

@@ -7,7 +7,7 @@ sigma^2 / alpha grad F). It knows encoders by their contract only, and no host.
 """
 
 from .blend import Blend
-from .controls import CHOICES, EASES, Choice, Curve, Ease, Goal, Region, Several, feathered
+from .controls import CHOICES, EASES, Augment, Choice, Crop, Curve, Ease, Goal, Region, Several, feathered
 from .features import Encoder, Features, NoisyEncoder, embedding, gram, squared_distance, squared_size, unit
 from .gradient import Sight, Target, as_normal, gradient_scope, score_gradient
 from .guidance import (
@@ -41,11 +41,13 @@ __all__ = [
     "EASES",
     "PIXEL_VIEW",
     "REFERENCE_SEED",
+    "Augment",
     "Batch",
     "Blend",
     "Choice",
     "ContentGuidance",
     "Convention",
+    "Crop",
     "Curve",
     "DecodedView",
     "DirectionGuidance",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .controls import Several
+from .controls import Crop, Several
 from .features import Encoder, Features
 from .guidance import Guidance, Term
 from .precision import precise
@@ -77,24 +77,28 @@ class Window:
 @dataclass(frozen=True)
 class Sight:
     """What the encoder looks at in one evaluation: ``view`` of a tensor x of which ``signal`` (B,) is x_0, at timestep
-    t (1 or B,), through a ``window`` if there is one."""
+    t (1 or B,), through a ``window`` and by a ``crop`` if there are any."""
 
     view: View
     signal: Tensor
     t: Tensor
     window: Window | None = None
+    crop: Crop | None = None
 
     def take(self, rows: slice) -> Sight:
         window = None if self.window is None else self.window.take(rows)
-        return Sight(self.view, self.signal[rows], self.t if len(self.t) == 1 else self.t[rows], window)
+        return Sight(self.view, self.signal[rows], self.t if len(self.t) == 1 else self.t[rows], window, self.crop)
 
     def features(self, encoder: Encoder, picture: Tensor, depth: int) -> Features:
         """What the encoder gives of the picture (B, 3, h, w)."""
-        if self.window is None:
-            return encoder(picture, as_normal(self.t).clone(), depth)
-        window = self.window.normal()
-        shown = window.mask * picture + (1 - window.mask) * window.blank
-        return replace(encoder(shown, as_normal(self.t).clone(), depth), where=window.mask)
+        t, mask = as_normal(self.t).clone(), None
+        if self.window is not None:
+            window = self.window.normal()
+            mask, picture = window.mask, window.mask * picture + (1 - window.mask) * window.blank
+        if self.crop is not None:
+            mask, picture = None if mask is None else self.crop(mask), self.crop(picture)
+        features = encoder(picture, t, depth)
+        return features if mask is None else replace(features, where=mask)
 
 
 def score_gradient(

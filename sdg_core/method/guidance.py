@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .blend import Blend
-from .controls import Curve, Goal, Region, Several, check_every
-from .features import Encoder, Features, counts, gram, squared_distance, squared_size, unit
+from .controls import Augment, Curve, Goal, Region, Several, check_every
+from .features import Encoder, Features, counts, gram, reads_noise, squared_distance, squared_size, unit
 from .precision import precise
 
 Kind = Literal["text", "content", "structure", "style"]
@@ -61,9 +61,13 @@ class Guidance(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class TextGuidance:
-    """F = E'(x_t, t) . E_L(l). ``embed``: normalised text embeddings (N, D); several are averaged in score."""
+    """F = E'(x_t, t) . E_L(l). ``embed``: normalised text embeddings (N, D); several are averaged in score.
+
+    ``spherical``: F = 1 - theta^2 / 2 of the angle theta instead of cos(theta), see ``_cosine``.
+    """
 
     embed: Tensor
+    spherical: bool = False
     best, aligned = 1.0, False
 
     def depth(self, encoder: Encoder) -> int:
@@ -73,17 +77,18 @@ class TextGuidance:
         return Features((), self.embed)
 
     def score(self, features: Features, target: Features) -> Tensor:
-        return _cosine(features, target)
+        return _cosine(features, target, self.spherical)
 
 
 @dataclass(frozen=True, eq=False)
 class ContentGuidance:
     """F = E'(x_t, t) . E'(x'_t, t): what is in the picture; pose and layout stay free.
 
-    ``image``: references (R, 3, h, w) in -1..1; several are averaged in score.
+    ``image``: references (R, 3, h, w) in -1..1; several are averaged in score. ``spherical``: see ``TextGuidance``.
     """
 
     image: Tensor
+    spherical: bool = False
     best, aligned = 1.0, False
 
     def depth(self, encoder: Encoder) -> int:
@@ -95,7 +100,7 @@ class ContentGuidance:
         return Features((), unit(embed))
 
     def score(self, features: Features, target: Features) -> Tensor:
-        return _cosine(features, target)
+        return _cosine(features, target, self.spherical)
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +213,7 @@ class Term:
     end; None is all. The other fields are ``controls``: ``curves`` multiply the scale over the run; the gradient is
     taken at ``every`` k-th noise level only and reused between; ``region`` bounds what is read and
     shifted; at its ``goal`` it stops; ``several`` says how it follows more than one reference; terms
-    of one ``blend`` come together by it, at their ``share``.
+    of one ``blend`` come together by it, at their ``share``; a clean encoder may look by ``augment``.
     """
 
     guidance: Guidance
@@ -225,6 +230,7 @@ class Term:
     several: Several | None = None
     blend: Blend | None = None
     share: float = 1.0
+    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= 1:
@@ -233,12 +239,18 @@ class Term:
                 "Set start below end, both as fractions of the run."
             )
         check_every(self.every)
+        if self.augment is not None and reads_noise(self.encoder):
+            raise ValueError(
+                "Got random crops for an encoder of noise; wanted a clean one. An encoder of noise needs none, and "
+                "counts on the size of the picture. Take them off, or use a clean CLIP from Load CLIP (SDG)."
+            )
 
     @property
     def apart(self) -> bool:
         """Whether a control needs this term's gradient by itself, from a pass of its own."""
         masked = self.region is not None and self.region.picture is not None
-        return self.every > 1 or masked or self.goal is not None or self.blend is not None
+        controls = (self.goal, self.blend, self.augment)
+        return self.every > 1 or masked or any(control is not None for control in controls)
 
     @property
     def aims(self) -> bool:
@@ -286,10 +298,17 @@ def fit(image: Tensor, height: int, width: int) -> Tensor:
     return image[..., top : top + height, left : left + width]
 
 
-def _cosine(features: Features, target: Features) -> Tensor:
+def _cosine(features: Features, target: Features, spherical: bool) -> Tensor:
+    """cos(theta), or 1 - theta^2 / 2, whose gradient does not vanish with sin(theta): the pull is theta at every angle.
+
+    theta = 2 arcsin(|u - v| / 2) (the spherical distance of k-diffusion and disco-diffusion).
+    """
     assert features.embed is not None
     assert target.embed is not None
     seen = unit(features.embed)
+    if spherical:
+        chord = (seen[:, None] - target.embed.to(seen.dtype)).square().sum(dim=2).clamp(min=1e-12, max=4 - 1e-6).sqrt()
+        return (1 - 2 * (chord / 2).asin().square()).mean(dim=1)
     return (seen @ target.embed.to(seen.dtype).T).mean(dim=1)
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .controls import Crop
 from .features import Encoder, reads_noise
 from .gradient import Sight
 from .guidance import Term
@@ -145,10 +146,14 @@ def _own_gradient(k: int, wanted: Tensor, batch: Batch, run: GuidanceRun) -> tup
     memory, level = run.memory(k), float(batch.sigma.max())
     kept = memory.find(level, wanted, batch.x_t.shape)
     if kept is None:
+        crops = run.crops(k, batch)
         grad, score, weights = torch.zeros_like(batch.x_t), torch.zeros_like(batch.sigma), run.only(k, wanted)
         for encoder, members, rows in run.active(weights, batch):
-            part, scores = _encoder_gradient(encoder, members, batch.take(rows), weights[members][:, rows], run)
-            grad[rows], score[rows] = part.to(grad), scores[0].to(score)
+            seen, ones = batch.take(rows), weights[members][:, rows]
+            for crop in crops:
+                part, scores = _encoder_gradient(encoder, members, seen, ones, run, crop)
+                grad[rows] += part.to(grad) / len(crops)
+                score[rows] += scores[0].to(score) / len(crops)
         kept = memory.keep(level, Kept(grad, score, wanted))
     return _of_x_t(run.terms[k].encoder, kept.grad, batch, run), kept.score
 
@@ -169,15 +174,15 @@ def _of_x_t(encoder: Encoder, grad: Tensor, batch: Batch, run: GuidanceRun) -> T
 
 
 def _encoder_gradient(
-    encoder: Encoder, members: list[int], batch: Batch, weights: Tensor, run: GuidanceRun
+    encoder: Encoder, members: list[int], batch: Batch, weights: Tensor, run: GuidanceRun, crop: Crop | None = None
 ) -> tuple[Tensor, Tensor]:
     """The part of one encoder, at one noise level: of what it reads, x_t in its own scaling or denoised."""
     view, x, sigma = run.view_of(encoder), batch.x_t, batch.sigma
     terms = [run.terms[k] for k in members]
     if not reads_noise(encoder):
         seen = window(terms[0], view, batch, None)
-        sight = Sight(view, torch.ones_like(sigma), torch.zeros_like(sigma[:1]), seen)
-        targets = [run.references.target(k, run.terms[k], view, batch, None) for k in members]
+        sight = Sight(view, torch.ones_like(sigma), torch.zeros_like(sigma[:1]), seen, crop)
+        targets = [run.references.target(k, run.terms[k], view, batch, None, crop) for k in members]
         return run.chunks.gradient(encoder, terms, weights, targets, batch.denoised, sight)
     ratio, norm = encoder_noise(encoder, view.size(*x.shape[-2:]), sigma, run.convention)
     seen = window(terms[0], view, batch, ratio[:1])

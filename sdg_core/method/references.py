@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .controls import Crop
 from .features import Encoder, Features, reads_noise
 from .gradient import Target, Window
 from .guidance import Guidance, Term, fit
@@ -86,8 +87,13 @@ class References:
     known: dict[float, dict[int, Features]] = field(default_factory=dict)
     levels: set[float] = field(default_factory=set)
 
-    def target(self, k: int, term: Term, view: View, batch: Batch, ratio: Tensor | None) -> Target:
+    def target(
+        self, k: int, term: Term, view: View, batch: Batch, ratio: Tensor | None, crop: Crop | None = None
+    ) -> Target:
         """The target of a term, number k, at the noise ``ratio`` (1,), None where references are looked at clean."""
+        if crop is not None and term.guidance.aligned:  # what is compared place by place is cropped alike
+            seen = functools.partial(look, term, view, batch.x_t, ratio, crop=crop)
+            return self._chosen(term.guidance.target(seen).to(batch.x_t.device), term, batch)
         level = self.known.setdefault(CLEAN if ratio is None else float(ratio[0]), {})
         if k not in level:
             see = functools.partial(look, term, view, batch.x_t, ratio)
@@ -111,12 +117,23 @@ class References:
         return Target(features, torch.full_like(batch.item, turn))
 
 
-def look(term: Term, view: View, x_t: Tensor, ratio: Tensor | None, image: Tensor, depth: int | None) -> Features:
+def look(
+    term: Term,
+    view: View,
+    x_t: Tensor,
+    ratio: Tensor | None,
+    image: Tensor,
+    depth: int | None,
+    crop: Crop | None = None,
+) -> Features:
     """Features of references (R, 3, h, w) at the size of the view, with the fixed noise at ratio (1,), if any."""
     encoder = term.encoder
     x_0 = fit(image.to(x_t), *view.size(*x_t.shape[-2:]))
     mask = _reference_mask(term, image, x_0)
-    x_0 = x_0 if mask is None else mask * x_0
+    for part in (mask, _place(term, x_0)):
+        x_0 = x_0 if part is None else part * x_0
+    if crop is not None:
+        mask, x_0 = None if mask is None else crop(mask), crop(x_0)
     depth = depth or encoder.full_depth
     with torch.no_grad():
         t = torch.zeros(1, device=x_t.device)
@@ -148,19 +165,19 @@ def window(term: Term, view: View, batch: Batch, ratio: Tensor | None) -> Window
 
 
 def _reference_mask(term: Term, image: Tensor, x_0: Tensor) -> Tensor | None:
-    """What is read of references ``image`` that became x_0 (R, 3, H, W): their own mask, and that of the picture where
-    places are compared."""
-    if term.region is None:
+    """What is read of references ``image`` that became x_0: their masks, (R, 1, H, W). None is all."""
+    own = None if term.region is None else term.region.of_references(len(image), (image.shape[-2], image.shape[-1]))
+    return None if own is None else fit(own.to(x_0), *x_0.shape[-2:]).clamp(0, 1).expand(len(x_0), -1, -1, -1)
+
+
+def _place(term: Term, x_0: Tensor) -> Tensor | None:
+    """The picture's mask (1, 1, H, W), where references x_0 are compared with it place by place: then they are shown as
+    it is, grey outside."""
+    region = term.region
+    if region is None or region.picture is None or len(region.picture) > 1 or not term.guidance.aligned:
         return None
-    masks = []
-    own = term.region.of_references(len(image), (image.shape[-2], image.shape[-1]))
-    if own is not None:
-        masks.append(fit(own.to(x_0), *x_0.shape[-2:]).clamp(0, 1))
-    if term.guidance.aligned and term.region.picture is not None and len(term.region.picture) == 1:
-        place = term.region.of_picture(torch.zeros(1, dtype=torch.long), (x_0.shape[-2], x_0.shape[-1]))
-        assert place is not None
-        masks.append(place.to(x_0))
-    return functools.reduce(torch.mul, masks).expand(len(x_0), -1, -1, -1) if masks else None
+    mask = region.of_picture(torch.zeros(1, dtype=torch.long), (x_0.shape[-2], x_0.shape[-1]))
+    return None if mask is None else mask.to(x_0)
 
 
 def _of_frames(guidance: Guidance, batch: Batch) -> Tensor | None:

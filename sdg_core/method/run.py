@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from .controls import Crop
 from .features import Encoder
 from .gradient import Chunks
 from .guidance import Term
 from .precision import precise
-from .references import Batch, References
+from .references import REFERENCE_SEED, Batch, References
 from .schedule import MIN_ALPHA, Convention, expand
 from .strength import Strength
 from .views import PIXEL_VIEW, View
@@ -101,6 +102,16 @@ class GuidanceRun:
     references: References = field(default_factory=References)
     chunks: Chunks = field(default_factory=Chunks)
     memories: dict[int, Memory] = field(default_factory=dict)
+    generators: dict[int, torch.Generator] = field(default_factory=dict)
+
+    def crops(self, k: int, batch: Batch) -> Sequence[Crop | None]:
+        """By which crops term k looks this time: one that is none, or as many as it wants."""
+        augment = self.terms[k].augment
+        if augment is None:
+            return [None]
+        generator = self.generators.setdefault(k, torch.Generator().manual_seed(REFERENCE_SEED))
+        size = batch.x_t.shape[-2:]
+        return augment.crops(self.view_of(self.terms[k].encoder).size(size[0], size[1]), generator)
 
     def memory(self, k: int) -> Memory:
         """What term k keeps between model calls."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdg_core.method import (
     EASES,
+    Augment,
     Blend,
     ContentGuidance,
     Convention,
@@ -302,7 +303,7 @@ def test_a_feather_rises_inwards_and_leaves_the_outside_zero(mask):
     assert (row[15:21].diff() < 0).all()
     assert feathered(square, 0.0) is square
     with pytest.raises(ValueError, match=r"mask of which nothing is left at a feather of 0\.5"):
-        Region(mask[..., :4], feather=0.5)
+        Region(F.one_hot(torch.tensor([[[4]]]), 9).double().expand(1, 1, 9, 9), feather=0.5)
     with pytest.raises(ValueError, match="nothing is left"):
         Region(torch.zeros(1, 1, 8, 8))
     with pytest.raises(ValueError, match=r"feather of 0\.7"):
@@ -706,3 +707,90 @@ def test_together_does_not_depend_on_the_order_or_on_the_batch(encoder, kinds, s
 def test_a_balance_that_is_none_is_refused():
     with pytest.raises(ValueError, match=r"balance of 1\.5; wanted 0"):
         Blend(1.5)
+
+
+# Steadily
+
+
+@pytest.fixture
+def clean(tiny_encoder):
+    encoder = tiny_encoder()
+    encoder.reads = "denoised"
+    return encoder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_is_the_mean_over_the_crops(kind, clean, kinds, step):
+    """Written out: the score of each crop, the reference of structure cropped alike."""
+    denoised, x_t, sigma = step
+    augment, guidance = Augment(3, 0.6), kinds[kind]
+    run = make_run(Term(guidance, clean, 5.0, augment=augment))
+    got = guide(denoised, x_t, sigma, run) - denoised
+    crops = augment.crops((8, 8), torch.Generator().manual_seed(0))
+    assert len({(c.top, c.left, c.height, c.width, c.flip) for c in crops}) == 3
+    x, t, scores = denoised.clone().requires_grad_(True), torch.zeros(1), []
+    for crop in crops:
+
+        def look(image, depth, crop=crop):
+            return clean(crop(image) if kind == "structure" else image, t, depth or 3)
+
+        scores.append(guidance.score(clean(crop(x), t, 3), guidance.target(look)))
+    score = torch.stack(scores).mean(dim=0)
+    (grad,) = torch.autograd.grad(score.sum(), x)
+    torch.testing.assert_close(run.trace[0].scores[0], score.detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got, 5 * 4 * 0.25 / (0.25 + 4) * grad, rtol=1e-9, atol=1e-9)
+
+
+def test_crops_are_the_same_in_every_run_and_others_at_every_step(clean, kinds, step):
+    term = Term(kinds["style"], clean, 5.0, augment=Augment(2))
+    runs = [make_run(term) for _ in range(2)]
+    first, again = ([shift_of(step, run) for _ in range(2)] for run in runs)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(*first)
+    for i in range(4):
+        single = shift_of(tuple(v[i : i + 1] for v in step), make_run(term))
+        torch.testing.assert_close(first[0][i : i + 1], single, rtol=1e-9, atol=1e-9)
+
+
+def test_crops_lie_in_the_picture():
+    generator = torch.Generator().manual_seed(1)
+    for crop in Augment(64, 0.5).crops((9, 16), generator):
+        assert 4 <= crop.height <= 9
+        assert 8 <= crop.width <= 16
+        assert 0 <= crop.top <= 9 - crop.height
+        assert 0 <= crop.left <= 16 - crop.width
+
+
+def test_an_augmented_mask_reads_inside_only(clean, kinds, step, mask, draw):
+    term = Term(kinds["structure"], clean, 5.0, augment=Augment(3), region=Region(mask))
+    denoised, x_t, sigma = step
+    shift = shift_of(step, make_run(term))
+    assert not (shift * (1 - mask)).any()
+    changed = denoised + (1 - mask) * draw(4, 3, 8, 8, seed=9)
+    torch.testing.assert_close(shift_of((changed, x_t, sigma), make_run(term)), shift, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("angle", [1e-3, 0.5, 2.0, 3.0])
+def test_the_spherical_score_falls_with_the_angles_square(angle):
+    embed = torch.tensor([[math.cos(angle), math.sin(angle)]], requires_grad=True)
+    guidance = TextGuidance(torch.tensor([[1.0, 0.0]]), spherical=True)
+    score = guidance.score(Features((), embed), guidance.target(lambda image, depth: Features(())))
+    (grad,) = torch.autograd.grad(score.sum(), embed)
+    assert float(score.detach()) == pytest.approx(1 - angle**2 / 2, abs=1e-6)
+    assert float(grad.norm()) == pytest.approx(angle, rel=1e-5)  # of the cosine it is sin(angle)
+
+
+def test_the_spherical_score_is_finite_at_the_reference_and_opposite_it():
+    guidance = TextGuidance(torch.tensor([[1.0, 0.0]]), spherical=True)
+    embed = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], requires_grad=True)
+    score = guidance.score(Features((), embed), guidance.target(lambda image, depth: Features(())))
+    (grad,) = torch.autograd.grad(score.sum(), embed)
+    assert torch.isfinite(score).all()
+    assert torch.isfinite(grad).all()
+
+
+def test_crops_for_an_encoder_of_noise_are_refused(tiny_encoder, kinds):
+    with pytest.raises(ValueError, match="for an encoder of noise; wanted a clean one"):
+        Term(kinds["text"], tiny_encoder(), 5.0, augment=Augment())
+    with pytest.raises(ValueError, match="Got 0 crops"):
+        Augment(0)

@@ -236,3 +236,20 @@ def test_projected_and_balanced_guidances_do_not_depend_on_their_inputs_order(ru
     assert not torch.equal(sample(one), sample())
     with pytest.raises(ValueError, match="wanted one of: add up, project"):
         run("SDGCombineGuidance", guidance_1=text, conflicts="fight")
+
+
+# Steadily
+
+
+def test_a_clean_encoder_looks_at_crops(run, sample, clean_clip, text):
+    clean = run("SDGTextGuidance", noisy_clip=clean_clip, text="a red hat", scale=150.0, **WHOLE)
+    settings = {"crops": 2, "least": 0.6, "spherical": False}
+    cropped = sample(run("SDGGuidanceAugment", guidance=clean, **settings))
+    assert not torch.equal(cropped, sample(clean))
+    assert torch.equal(cropped, sample(run("SDGGuidanceAugment", guidance=clean, **settings)))
+    off = run("SDGGuidanceAugment", guidance=clean, crops=0, least=0.7, spherical=False)
+    assert torch.equal(sample(off), sample(clean))
+    with pytest.raises(ValueError, match="noisy CLIPs only"):
+        run("SDGGuidanceAugment", guidance=text, **settings)
+    mixed = run("SDGCombineGuidance", guidance_1=text, guidance_2=clean)
+    assert torch.isfinite(sample(run("SDGGuidanceAugment", guidance=mixed, **settings))).all()

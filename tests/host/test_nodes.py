@@ -19,6 +19,7 @@ IDS = {
     "SDGFinetuneNoisyCLIP", "SDGSaveNoisyCLIP", "SDGGuidanceSchedule",
     "SDGGuidanceMask",
     "SDGGuidanceTarget", "SDGGuidanceAway", "SDGDirectionGuidance", "SDGGuidanceReferences",
+    "SDGGuidanceAugment",
 }  # fmt: skip
 
 
