@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .controls import (
     SDGGuidanceAugment,
     SDGGuidanceAway,
+    SDGGuidanceBudget,
     SDGGuidanceMask,
     SDGGuidanceReferences,
     SDGGuidanceSchedule,
@@ -53,6 +54,7 @@ NODES: list[type[io.ComfyNode]] = [
     SDGGuidanceAway,
     SDGGuidanceReferences,
     SDGGuidanceAugment,
+    SDGGuidanceBudget,
     SDGGuidedKSampler,
     SDGApplyGuidance,
     SDGPaperSampler,

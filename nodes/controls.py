@@ -287,3 +287,34 @@ class SDGGuidanceAugment(io.ComfyNode):
             return replace(term, augment=augment) if term.encoder.reads == "denoised" else term
 
         return modified(guidance, change)
+
+
+class SDGGuidanceBudget(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SDGGuidanceBudget",
+            display_name="Guidance Budget (SDG)",
+            category="SDG/guidance",
+            description="Says how much time guidance may cost. The first steps are measured; then its gradient is "
+            "taken as often as that allows and reused between. The log says what was chosen.",
+            inputs=[
+                guidance_input(),
+                io.Float.Input(
+                    "percent",
+                    default=25.0,
+                    min=1.0,
+                    max=1000.0,
+                    step=1.0,
+                    round=0.1,
+                    tooltip="At most so much more time than the model takes alone, in percent, after the first two "
+                    "steps. Lower is faster and follows more roughly. Usual: 10 to 50.",
+                ),
+            ],
+            outputs=[guidance_output()],
+        )
+
+    @classmethod
+    def execute(cls, guidance: host.HostGuidance, percent: float) -> io.NodeOutput:
+        check_finite(percent=percent)
+        return modified(guidance, lambda term: replace(term, budget=min(percent, term.budget or percent)))

@@ -29,7 +29,7 @@ from .guidance import (
 from .guide import encoder_noise, guidance_gradient, guidance_shift, guide
 from .precision import added, precise
 from .references import REFERENCE_SEED, Batch
-from .run import GuidanceRun, StepTrace
+from .run import Budget, GuidanceRun, StepTrace
 from .schedule import Convention, TimestepTable, betas, expand, timestep_embedding
 from .strength import Strength, rms
 from .views import PIXEL_VIEW, DecodedView, LatentFormat, LinearView, PixelView, View
@@ -44,6 +44,7 @@ __all__ = [
     "Augment",
     "Batch",
     "Blend",
+    "Budget",
     "Choice",
     "ContentGuidance",
     "Convention",

@@ -213,7 +213,8 @@ class Term:
     end; None is all. The other fields are ``controls``: ``curves`` multiply the scale over the run; the gradient is
     taken at ``every`` k-th noise level only and reused between; ``region`` bounds what is read and
     shifted; at its ``goal`` it stops; ``several`` says how it follows more than one reference; terms
-    of one ``blend`` come together by it, at their ``share``; a clean encoder may look by ``augment``.
+    of one ``blend`` come together by it, at their ``share``; a clean encoder may look by ``augment``;
+    guidance may cost ``budget`` percent of the model's time.
     """
 
     guidance: Guidance
@@ -231,6 +232,7 @@ class Term:
     blend: Blend | None = None
     share: float = 1.0
     augment: Augment | None = None
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= 1:
@@ -239,6 +241,8 @@ class Term:
                 "Set start below end, both as fractions of the run."
             )
         check_every(self.every)
+        if self.budget is not None and not (math.isfinite(self.budget) and self.budget > 0):
+            raise ValueError(f"Got a budget of {self.budget} % more time; wanted above 0. Usual: 10 to 50.")
         if self.augment is not None and reads_noise(self.encoder):
             raise ValueError(
                 "Got random crops for an encoder of noise; wanted a clean one. An encoder of noise needs none, and "
@@ -249,7 +253,7 @@ class Term:
     def apart(self) -> bool:
         """Whether a control needs this term's gradient by itself, from a pass of its own."""
         masked = self.region is not None and self.region.picture is not None
-        controls = (self.goal, self.blend, self.augment)
+        controls = (self.goal, self.blend, self.augment, self.budget)
         return self.every > 1 or masked or any(control is not None for control in controls)
 
     @property

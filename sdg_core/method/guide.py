@@ -32,6 +32,13 @@ def guide(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Ten
 
 def guidance_shift(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Tensor | None:
     """What ``guide`` adds, in the precision of x_t, at least float32, or None where there is nothing to add."""
+    if run.budget is None:
+        return _shift(denoised, x_t, sigma, run)
+    with run.budget.measured(run):
+        return _shift(denoised, x_t, sigma, run)
+
+
+def _shift(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Tensor | None:
     batch = Batch.of(denoised, x_t, sigma)
     weights = run.weights(batch.sigma, batch.frame, batch.frames)
     if not bool((weights != 0).any()):
@@ -144,8 +151,9 @@ def _own_gradient(k: int, wanted: Tensor, batch: Batch, run: GuidanceRun) -> tup
     The gradient last taken serves again where no new one is due; only what takes it to x_t is this noise level's own.
     """
     memory, level = run.memory(k), float(batch.sigma.max())
-    kept = memory.find(level, wanted, batch.x_t.shape)
+    kept = memory.find(level, wanted, batch.x_t.shape, run.every(k))
     if kept is None:
+        run.gradients += 1
         crops = run.crops(k, batch)
         grad, score, weights = torch.zeros_like(batch.x_t), torch.zeros_like(batch.sigma), run.only(k, wanted)
         for encoder, members, rows in run.active(weights, batch):

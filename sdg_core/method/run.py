@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -50,28 +53,27 @@ class Kept:
 
 @dataclass
 class Memory:
-    """Gradients of one term by noise level, for ``every`` k-th level to serve those after it.
+    """Gradients of one term by noise level, for every k-th level to serve those after it.
 
     Model calls are taken in the order of their noise, not of time: samplers of higher order look ahead and come back.
     ``levels`` are the noise levels seen since the oldest gradient kept.
     """
 
-    every: int
     kept: dict[float, Kept] = field(default_factory=dict)
     levels: set[float] = field(default_factory=set)
 
-    def find(self, level: float, wanted: Tensor, shape: torch.Size) -> Kept | None:
+    def find(self, level: float, wanted: Tensor, shape: torch.Size, every: int) -> Kept | None:
         """The gradient to reuse at a noise level for the samples ``wanted`` (B,), None where a new one is due."""
-        if self.every == 1:
-            return None
         self.levels.add(level)
+        if every == 1:
+            return None
         above = [s for s in self.kept if s >= level]
         if not above:
             return None
         kept = self.kept[min(above)]
         steps = sum(level <= s < min(above) for s in self.levels)
         fits = kept.grad.shape == shape and not bool((wanted & ~kept.known).any())
-        return kept if fits and steps < self.every else None
+        return kept if fits and steps < every else None
 
     def keep(self, level: float, kept: Kept) -> Kept:
         """Keeps a gradient, and forgets all but the latest two."""
@@ -81,6 +83,48 @@ class Memory:
             del self.kept[old]
         self.levels = {s for s in self.levels if s <= max(self.kept)}
         return kept
+
+
+@dataclass
+class Budget:
+    """Chooses every how many steps a gradient is taken, so that guidance costs at most ``percent`` more time.
+
+    The first gradient warms up, the second is measured: it took c, and the model's call before it m. Then
+
+        every = ceil(c / (m * percent / 100))
+
+    ``clock`` gives seconds. Guidance waits for its own results, so on a GPU too the times are those of the work.
+    """
+
+    percent: float
+    clock: Callable[[], float] = time.perf_counter
+    every: int = 1
+    taken: int = 0
+    guidance: float = 0.0
+    model: float = 0.0
+    left: float | None = None
+
+    @contextmanager
+    def measured(self, run: GuidanceRun) -> Iterator[None]:
+        """Around all that guidance does in one model call."""
+        start, before = self.clock(), run.gradients
+        model, warm = 0.0 if self.left is None else start - self.left, self.taken > 0
+        yield
+        self.left = self.clock()
+        if run.gradients == before:
+            return
+        self.taken += 1
+        if warm and self.model == 0 and model > 0:
+            self.guidance, self.model = self.left - start, model
+            self.every = max(1, math.ceil(self.guidance / (model * self.percent / 100) - 1e-9))
+
+    def __str__(self) -> str:
+        """What it chose, in words."""
+        if self.model == 0:
+            return f"too few steps to hold guidance to {self.percent:g} % more time"
+        cost = 100 * self.guidance / self.model
+        often = f"for at most {self.percent:g} % more, one every {self.every} steps"
+        return f"a gradient costs {cost:.0f} % of a step; {often}"
 
 
 @dataclass
@@ -103,6 +147,13 @@ class GuidanceRun:
     chunks: Chunks = field(default_factory=Chunks)
     memories: dict[int, Memory] = field(default_factory=dict)
     generators: dict[int, torch.Generator] = field(default_factory=dict)
+    gradients: int = 0
+    budget: Budget | None = None
+
+    def __post_init__(self) -> None:
+        wanted = [term.budget for term in self.terms if term.budget is not None]
+        if wanted and self.budget is None:
+            self.budget = Budget(min(wanted))
 
     def crops(self, k: int, batch: Batch) -> Sequence[Crop | None]:
         """By which crops term k looks this time: one that is none, or as many as it wants."""
@@ -115,7 +166,12 @@ class GuidanceRun:
 
     def memory(self, k: int) -> Memory:
         """What term k keeps between model calls."""
-        return self.memories.setdefault(k, Memory(self.terms[k].every))
+        return self.memories.setdefault(k, Memory())
+
+    def every(self, k: int) -> int:
+        """At every how many noise levels the gradient of term k is taken."""
+        term = self.terms[k]
+        return term.every if term.budget is None or self.budget is None else max(term.every, self.budget.every)
 
     def weights(self, sigma: Tensor, frame: Tensor | None = None, frames: int = 1, curved: bool = True) -> Tensor:
         """Scale of every term at sigma (B,): (K, B), 0 outside its interval and where x_t holds no signal.

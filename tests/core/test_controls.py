@@ -794,3 +794,60 @@ def test_crops_for_an_encoder_of_noise_are_refused(tiny_encoder, kinds):
         Term(kinds["text"], tiny_encoder(), 5.0, augment=Augment())
     with pytest.raises(ValueError, match="Got 0 crops"):
         Augment(0)
+
+
+# Budget
+
+
+class Clock:
+    """Seconds that pass only where a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(("percent", "every"), [(10.0, 3), (15.0, 2), (30.0, 1), (1.0, 30), (1000.0, 1)])
+def test_a_budget_takes_gradients_as_often_as_it_allows(percent, every, encoder, kinds, step, monkeypatch):
+    """A model call of 10 s, a gradient of 3 s, the first one of 50 s."""
+    clock, forward = Clock(), type(encoder).forward
+    costs = iter([50.0] + [3.0] * 1000)
+
+    def slow(self, image, t, depth):
+        if len(image) == 4:  # the pictures, not the reference
+            clock.now += next(costs)
+        return forward(self, image, t, depth)
+
+    monkeypatch.setattr(type(encoder), "forward", slow)
+    run = make_run(Term(kinds["content"], encoder, 5.0, budget=percent))
+    run.budget.clock = clock
+    spent, model = [], 0.0
+    for i in range(62):
+        clock.now += 10
+        before = clock.now
+        shift_of(step, run, 9.0 - i * 0.1)
+        spent.append(clock.now - before)
+        model += 10 if i >= 2 else 0
+    taken = [i for i, cost in enumerate(spent) if cost]
+    assert run.budget.every == every
+    assert taken == [0, *range(1, 62, every)]
+    assert sum(spent[2:]) <= percent / 100 * model + 1e-9
+    assert f"for at most {percent:g} % more, one every {every} steps" in str(run.budget)
+
+
+def test_the_smallest_budget_counts_for_all_that_have_one(tiny_encoder, kinds):
+    encoder = tiny_encoder()
+    terms = [Term(kinds["text"], encoder, 5.0, budget=b) for b in (50.0, 20.0, None)]
+    run = make_run(*terms)
+    assert run.budget.percent == 20.0
+    run.budget.every = 4
+    assert [run.every(k) for k in range(3)] == [4, 4, 1]
+    assert make_run(terms[2]).budget is None
+
+
+@pytest.mark.parametrize("percent", [0.0, -1.0, math.nan, math.inf])
+def test_budgets_that_are_none_are_refused(percent, tiny_encoder, kinds):
+    with pytest.raises(ValueError, match="wanted above 0"):
+        Term(kinds["text"], tiny_encoder(), 5.0, budget=percent)

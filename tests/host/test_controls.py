@@ -253,3 +253,17 @@ def test_a_clean_encoder_looks_at_crops(run, sample, clean_clip, text):
         run("SDGGuidanceAugment", guidance=text, **settings)
     mixed = run("SDGCombineGuidance", guidance_1=text, guidance_2=clean)
     assert torch.isfinite(sample(run("SDGGuidanceAugment", guidance=mixed, **settings))).all()
+
+
+# Budget
+
+
+def test_a_budget_says_what_it_chose(run, sample, both, encoded, caplog):
+    with caplog.at_level("INFO"):
+        sample(run("SDGGuidanceBudget", guidance=both, percent=1.0), steps=12)
+    (line,) = [record.message for record in caplog.records if "Budget:" in record.message]
+    print(line)
+    assert "for at most 1 % more, one every" in line
+    strict, encoded[:] = len(encoded), []
+    sample(both, steps=12)
+    assert strict < len(encoded)

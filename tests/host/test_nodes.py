@@ -19,7 +19,7 @@ IDS = {
     "SDGFinetuneNoisyCLIP", "SDGSaveNoisyCLIP", "SDGGuidanceSchedule",
     "SDGGuidanceMask",
     "SDGGuidanceTarget", "SDGGuidanceAway", "SDGDirectionGuidance", "SDGGuidanceReferences",
-    "SDGGuidanceAugment",
+    "SDGGuidanceAugment", "SDGGuidanceBudget",
 }  # fmt: skip
 
 
