@@ -53,12 +53,12 @@ class SDGGuidanceSchedule(io.ComfyNode):
                     options=list(EASES),
                     default="constant",
                     tooltip="How the strength runs from one point to the next. constant holds a point's value up to "
-                    "the next. With the default points: full strength throughout.",
+                    "the next: by default, full strength throughout.",
                 ),
                 io.String.Input(
                     "points",
                     default=POINTS,
-                    tooltip="Part of the run (0 noise, 1 finished) : factor on the strength, with commas. "
+                    tooltip="Part of the run (0 noise, 1 finished) : factor on the strength. "
                     "1 keeps it, 0 is off. For example 0:0, 0.3:1, 1:0.2.",
                 ),
                 io.Int.Input(
@@ -67,7 +67,7 @@ class SDGGuidanceSchedule(io.ComfyNode):
                     min=1,
                     max=100,
                     tooltip="Take the gradient at every k-th step and reuse it between. 1 is exact; 2 halves what "
-                    "guidance costs, with little change. Usual: 1 to 3.",
+                    "guidance costs. Usual: 1 to 3.",
                 ),
             ],
             outputs=[guidance_output()],
@@ -151,7 +151,7 @@ class SDGGuidanceTarget(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     round=0.001,
-                    tooltip="What to reach, 1 being the reference itself: the cosine for text and content, 1 minus the "
+                    tooltip="What to reach, 1 at most: the cosine for text and content, 1 minus the "
                     "distance for structure and style. Usual: text 0.25, pictures 0.7.",
                 ),
             ],
@@ -213,7 +213,7 @@ class SDGGuidanceReferences(io.ComfyNode):
                     options=list(CHOICES),
                     default="mean",
                     tooltip="mean: all at once. nearest: the one each picture fits best. in turn: another at each "
-                    "step. one each: the first picture follows the first, and so on.",
+                    "step. one each: the nth picture follows the nth.",
                 ),
                 io.String.Input(
                     "weights",
@@ -307,8 +307,8 @@ class SDGGuidanceBudget(io.ComfyNode):
                     max=1000.0,
                     step=1.0,
                     round=0.1,
-                    tooltip="At most so much more time than the model takes alone, in percent, after the first two "
-                    "steps. Lower is faster and follows more roughly. Usual: 10 to 50.",
+                    tooltip="At most so much more time than the model alone takes, after two steps. "
+                    "Lower is faster and follows more roughly. Usual: 10 to 50.",
                 ),
             ],
             outputs=[guidance_output()],

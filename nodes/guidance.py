@@ -84,7 +84,7 @@ def blend_inputs() -> list[io.Input]:
             options=CONFLICTS,
             default=CONFLICTS[0],
             optional=True,
-            tooltip="What becomes of guidances that pull against each other. add up: as they are. project: "
+            tooltip="What becomes of guidances that work against each other. add up: nothing. project: "
             "each gives up what works against another, so none undoes another.",
         ),
         io.Float.Input(

@@ -10,7 +10,6 @@ from torch import Tensor
 from .controls import Crop
 from .features import Encoder, reads_noise
 from .gradient import Sight
-from .guidance import Term
 from .precision import added
 from .references import Batch, window
 from .run import GuidanceRun, Kept, StepTrace
@@ -118,16 +117,17 @@ def _counted(k: int, own: Tensor, score: Tensor, weight: Tensor, batch: Batch, r
     mask = batch.mask(run.terms[k], (own.shape[-2], own.shape[-1]))
     part = own if mask is None else mask * own
     slope = (own * part).flatten(1).sum(dim=1)
-    return expand(_amount(run.terms[k], weight, score, slope, batch, run), own) * part
+    return expand(_amount(k, weight, score, slope, batch, run), own) * part
 
 
-def _amount(term: Term, weight: Tensor, score: Tensor, slope: Tensor, batch: Batch, run: GuidanceRun) -> Tensor:
-    """What a term's own gradient g counts (B,): its weight (B,), or what closes the gap to its goal.
+def _amount(k: int, weight: Tensor, score: Tensor, slope: Tensor, batch: Batch, run: GuidanceRun) -> Tensor:
+    """What the own gradient g of term k counts (B,): its weight (B,), or what its goal asks for.
 
     A shift d = sigma^2 / alpha * a * g of denoised moves the score by c (g . d): c = alpha where x_t is read, and
     1 / f = (alpha^2 v + sigma^2) / (alpha v) where denoised is, because g = f dF / d denoised. ``slope``: g . g (B,),
-    inside the mask. So a = gap * alpha / (c sigma^2 slope).
+    inside the mask. So a = lift * alpha / (c sigma^2 slope).
     """
+    term, memory = run.terms[k], run.memory(k)
     if term.goal is None:
         return weight
     gap = term.goal.gap(score, term.guidance.best, term.scale)
@@ -136,7 +136,9 @@ def _amount(term: Term, weight: Tensor, score: Tensor, slope: Tensor, batch: Bat
     alpha, square = run.convention.alpha(batch.sigma), batch.sigma.square()
     moved = alpha if reads_noise(term.encoder) else (alpha.square() * run.variance + square) / (alpha * run.variance)
     rise = moved * square * slope
-    wanted = weight / abs(term.scale) * gap * alpha / rise.clamp(min=torch.finfo(rise.dtype).tiny)
+    due = torch.zeros_like(gap) if memory.due is None or memory.due.shape != gap.shape else memory.due
+    lift, memory.due = term.goal.lift(gap, due)
+    wanted = weight / abs(term.scale) * lift * alpha / rise.clamp(min=torch.finfo(rise.dtype).tiny)
     return torch.where(rise > 0, wanted, torch.zeros_like(wanted))
 
 

@@ -56,11 +56,12 @@ class Memory:
     """Gradients of one term by noise level, for every k-th level to serve those after it.
 
     Model calls are taken in the order of their noise, not of time: samplers of higher order look ahead and come back.
-    ``levels`` are the noise levels seen since the oldest gradient kept.
+    ``levels`` are the noise levels seen since the oldest gradient kept. ``due`` (B,) is a goal's memory.
     """
 
     kept: dict[float, Kept] = field(default_factory=dict)
     levels: set[float] = field(default_factory=set)
+    due: Tensor | None = None
 
     def find(self, level: float, wanted: Tensor, shape: torch.Size, every: int) -> Kept | None:
         """The gradient to reuse at a noise level for the samples ``wanted`` (B,), None where a new one is due."""

@@ -334,6 +334,9 @@ def test_inference_mode_masks_as_well(tiny_encoder, kinds, step, mask):
 
 # How far
 
+LIFT = 2.5
+"""By how many gaps a goal's first shift moves the score."""
+
 
 class LinearEncoder:
     """Its embedding is the picture's mean over places, (B, 3), and it reads denoised or, in VP scaling, x_t."""
@@ -370,15 +373,16 @@ class LinearGuidance:
 
 @pytest.mark.parametrize("convention", [Convention.VE, Convention.FLOW])
 @pytest.mark.parametrize("scale", [300.0, -2.0])
-def test_a_step_towards_a_target_reaches_it(convention, scale, step):
-    """Of denoised: the score of the shifted estimate is the target, where it was on the far side of it."""
+def test_a_step_towards_a_target_lifts_the_score_by_its_gap(convention, scale, step):
+    """Of denoised: 2 gaps, and a half for what is due; nothing on the far side of the target."""
     denoised, x_t, _ = step
     sigma, encoder = torch.full((4,), 0.6), LinearEncoder("denoised")
     for goal in (0.4, -0.4):
         run = make_run(Term(LinearGuidance(), encoder, scale, goal=Goal(goal)), convention=convention)
         got = guide(denoised, x_t, sigma, run)[:, 0].mean(dim=(1, 2))
         before = denoised[:, 0].mean(dim=(1, 2))
-        wanted = before.clamp(min=goal) if scale > 0 else before.clamp(max=goal)
+        gap = (goal - before).clamp(min=0) if scale > 0 else (goal - before).clamp(max=0)
+        wanted = before + LIFT * gap
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
         assert bool((got != before).any()) == ((scale > 0) == (goal > 0))
 
@@ -390,16 +394,17 @@ def test_a_target_of_the_noisy_picture_counts_the_signal_that_a_shift_brings(con
     alpha = float(convention.alpha(sigma)[0])
     run = make_run(Term(LinearGuidance(), encoder, 1.0, goal=Goal(0.9)), convention=convention)
     moved = x_t + alpha * (guide(denoised, x_t, sigma, run) - denoised)
-    score = moved[:, 0].mean(dim=(1, 2)) / math.hypot(alpha, 0.6)
-    torch.testing.assert_close(score, torch.full((4,), 0.9), rtol=1e-9, atol=1e-9)
+    before, after = (x[:, 0].mean(dim=(1, 2)) / math.hypot(alpha, 0.6) for x in (x_t, moved))
+    torch.testing.assert_close(after, before + LIFT * (0.9 - before), rtol=1e-9, atol=1e-9)
 
 
 def test_a_target_is_reached_inside_a_mask(step, mask):
     denoised, x_t, sigma = step
     encoder = LinearEncoder("denoised")
     run = make_run(Term(LinearGuidance(), encoder, 1.0, goal=Goal(0.3), region=Region(mask)))
-    got = mask * guide(denoised, x_t, sigma, run)
-    torch.testing.assert_close(got[:, 0].mean(dim=(1, 2)), torch.full((4,), 0.3), rtol=1e-9, atol=1e-9)
+    after = (mask * guide(denoised, x_t, sigma, run))[:, 0].mean(dim=(1, 2))
+    before = (mask * denoised)[:, 0].mean(dim=(1, 2))
+    torch.testing.assert_close(after, before + LIFT * (0.3 - before), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("strength", [Strength(cap=0.1), Strength("relative", 0.1)])
@@ -435,7 +440,7 @@ def test_a_run_meets_its_target_where_the_guidance_can(kind, encoder, kinds, dra
         denoise = guided(lambda x, sigma: 0.3 * x / (0.3 + sigma.square().view(-1, 1, 1, 1)), run)
         *_, last = euler(denoise, start, sigmas)
         seen = make_run(replace(term, goal=None))
-        guide(last.x, last.x, torch.full((3,), 1e-3), seen)
+        guide(last.x, last.x, sigmas[-2].expand(3), seen)
         return seen.trace[0].scores[0] + 1 - term.guidance.best
 
     term = Term(kinds[kind], encoder, 1e-9)
