@@ -122,10 +122,6 @@ def feathered(mask: Tensor, feather: float) -> Tensor:
     return mask * (2 * F.avg_pool2d(wide, 2 * radius + 1, stride=1) - 1).clamp(min=0)
 
 
-FIRM = 2.0
-"""How many times its gap a goal's shift closes. Measured on toy runs: 1 falls short, 10 does no better."""
-
-
 @dataclass(frozen=True)
 class Goal:
     """A similarity where a guidance stops. s = 1 - (best - F) is 1 for the reference itself: the cosine of embeddings,
@@ -137,11 +133,10 @@ class Goal:
     each step's shift d is what moves the score by a lift, to first order (Polyak's step length), where the cap lets it:
 
         d = +- lift * G / |G|^2,   G = dF / d denoised (for encoders of noise: alpha dF / dx_t)
-        due <- max(0, due + FIRM / 4 * gap)   with a gap below 0 beyond the goal
-        lift = FIRM * gap + due               while there is a gap, otherwise 0
+        lift = gap / (1 - sigma_i / sigma_{i-1})
 
-    A shift of exactly the gap would fall short: the model takes a part of it back at the next step. ``due`` grows until
-    nothing is missing (a PI controller).
+    because of a shift of denoised only the part 1 - sigma_{i+1} / sigma_i is in x after the step (Euler's; the next
+    noise level is not known yet, so the last ratio stands for it).
     """
 
     similarity: float
@@ -155,13 +150,8 @@ class Goal:
             )
 
     def gap(self, score: Tensor, best: float, scale: float) -> Tensor:
-        """How far scores (B,) still are from it, below 0 beyond it; ``best`` is the score of the reference."""
-        return math.copysign(1.0, scale) * (self.similarity - 1 + best - score)
-
-    def lift(self, gap: Tensor, due: Tensor) -> tuple[Tensor, Tensor]:
-        """By how much the next shift moves the score (B,), and what is due from then on (B,)."""
-        due = (due + FIRM / 4 * gap).clamp(min=0)
-        return torch.where(gap > 0, FIRM * gap + due, torch.zeros_like(gap)), due
+        """How far scores (B,) still are from it, 0 where it is reached; ``best`` is the score of the reference."""
+        return (math.copysign(1.0, scale) * (self.similarity - 1 + best - score)).clamp(min=0)
 
 
 Choice = Literal["mean", "nearest", "in turn", "one each"]

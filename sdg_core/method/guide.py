@@ -127,7 +127,7 @@ def _amount(k: int, weight: Tensor, score: Tensor, slope: Tensor, batch: Batch, 
     1 / f = (alpha^2 v + sigma^2) / (alpha v) where denoised is, because g = f dF / d denoised. ``slope``: g . g (B,),
     inside the mask. So a = lift * alpha / (c sigma^2 slope).
     """
-    term, memory = run.terms[k], run.memory(k)
+    term = run.terms[k]
     if term.goal is None:
         return weight
     gap = term.goal.gap(score, term.guidance.best, term.scale)
@@ -136,8 +136,7 @@ def _amount(k: int, weight: Tensor, score: Tensor, slope: Tensor, batch: Batch, 
     alpha, square = run.convention.alpha(batch.sigma), batch.sigma.square()
     moved = alpha if reads_noise(term.encoder) else (alpha.square() * run.variance + square) / (alpha * run.variance)
     rise = moved * square * slope
-    due = torch.zeros_like(gap) if memory.due is None or memory.due.shape != gap.shape else memory.due
-    lift, memory.due = term.goal.lift(gap, due)
+    lift = gap / run.memory(k).realised(float(batch.sigma.max()))
     wanted = weight / abs(term.scale) * lift * alpha / rise.clamp(min=torch.finfo(rise.dtype).tiny)
     return torch.where(rise > 0, wanted, torch.zeros_like(wanted))
 

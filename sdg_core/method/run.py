@@ -21,6 +21,12 @@ from .schedule import MIN_ALPHA, Convention, expand
 from .strength import Strength
 from .views import PIXEL_VIEW, View
 
+FIRST_REALISED = 0.5
+"""What part of a shift is taken to stay at the first step, before there is a ratio of noise levels."""
+
+LEVELS_REMEMBERED = 256
+"""Noise levels that a term's memory counts by: the lowest, which are the latest."""
+
 GRADIENTS_KEPT = 2
 """Gradients of a term that stay in memory for reuse: a sampler of higher order comes back to the one before."""
 
@@ -56,12 +62,11 @@ class Memory:
     """Gradients of one term by noise level, for every k-th level to serve those after it.
 
     Model calls are taken in the order of their noise, not of time: samplers of higher order look ahead and come back.
-    ``levels`` are the noise levels seen since the oldest gradient kept. ``due`` (B,) is a goal's memory.
+    ``levels`` are the noise levels seen.
     """
 
     kept: dict[float, Kept] = field(default_factory=dict)
     levels: set[float] = field(default_factory=set)
-    due: Tensor | None = None
 
     def find(self, level: float, wanted: Tensor, shape: torch.Size, every: int) -> Kept | None:
         """The gradient to reuse at a noise level for the samples ``wanted`` (B,), None where a new one is due."""
@@ -76,13 +81,18 @@ class Memory:
         fits = kept.grad.shape == shape and not bool((wanted & ~kept.known).any())
         return kept if fits and steps < every else None
 
+    def realised(self, level: float) -> float:
+        """What part of a shift of denoised is in x after a step, by the last noise level above; a half at first."""
+        above = [s for s in self.levels if s > level]
+        return 1 - level / min(above) if above else FIRST_REALISED
+
     def keep(self, level: float, kept: Kept) -> Kept:
         """Keeps a gradient, and forgets all but the latest two."""
         self.kept.pop(level, None)
         self.kept[level] = kept
         for old in list(self.kept)[:-GRADIENTS_KEPT]:
             del self.kept[old]
-        self.levels = {s for s in self.levels if s <= max(self.kept)}
+        self.levels = set(sorted(self.levels)[:LEVELS_REMEMBERED])
         return kept
 
 

@@ -334,8 +334,8 @@ def test_inference_mode_masks_as_well(tiny_encoder, kinds, step, mask):
 
 # How far
 
-LIFT = 2.5
-"""By how many gaps a goal's first shift moves the score."""
+LIFT = 2.0
+"""By how many gaps a goal's first shift moves the score: half of it is taken to stay."""
 
 
 class LinearEncoder:
@@ -374,7 +374,7 @@ class LinearGuidance:
 @pytest.mark.parametrize("convention", [Convention.VE, Convention.FLOW])
 @pytest.mark.parametrize("scale", [300.0, -2.0])
 def test_a_step_towards_a_target_lifts_the_score_by_its_gap(convention, scale, step):
-    """Of denoised: 2 gaps, and a half for what is due; nothing on the far side of the target."""
+    """Of denoised: two gaps at the first step; nothing on the far side of the target."""
     denoised, x_t, _ = step
     sigma, encoder = torch.full((4,), 0.6), LinearEncoder("denoised")
     for goal in (0.4, -0.4):
@@ -385,6 +385,16 @@ def test_a_step_towards_a_target_lifts_the_score_by_its_gap(convention, scale, s
         wanted = before + LIFT * gap
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
         assert bool((got != before).any()) == ((scale > 0) == (goal > 0))
+
+
+def test_a_target_allows_for_the_part_of_a_shift_that_stays(step):
+    """At sigma 2 after 2.5, a fifth of a shift stays: the lift is five gaps."""
+    denoised, x_t, _ = step
+    run = make_run(Term(LinearGuidance(), LinearEncoder("denoised"), 1.0, goal=Goal(0.3)))
+    for sigma in (2.5, 2.0):
+        got = guide(denoised, x_t, torch.full((4,), sigma), run)
+    before, after = (v[:, 0].mean(dim=(1, 2)) for v in (denoised, got))
+    torch.testing.assert_close(after, before + 5 * (0.3 - before), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("convention", [Convention.VE, Convention.FLOW])
