@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .controls import (
+    SDGGuidanceAugment,
+    SDGGuidanceAway,
+    SDGGuidanceBudget,
+    SDGGuidanceMask,
+    SDGGuidanceReferences,
+    SDGGuidanceSchedule,
+    SDGGuidanceTarget,
+)
 from .finetune import SDGFinetuneNoisyCLIP, SDGSaveNoisyCLIP
 from .guidance import (
     SDGCombineGuidance,
     SDGContentGuidance,
+    SDGDirectionGuidance,
     SDGGuidanceFrames,
     SDGStructureGuidance,
     SDGStyleGuidance,
@@ -35,8 +45,16 @@ NODES: list[type[io.ComfyNode]] = [
     SDGContentGuidance,
     SDGStructureGuidance,
     SDGStyleGuidance,
+    SDGDirectionGuidance,
     SDGCombineGuidance,
     SDGGuidanceFrames,
+    SDGGuidanceSchedule,
+    SDGGuidanceMask,
+    SDGGuidanceTarget,
+    SDGGuidanceAway,
+    SDGGuidanceReferences,
+    SDGGuidanceAugment,
+    SDGGuidanceBudget,
     SDGGuidedKSampler,
     SDGApplyGuidance,
     SDGPaperSampler,

@@ -6,11 +6,13 @@ TEXT_SCALE = DEFAULT_SCALE["text"]
 CONTENT_SCALE = DEFAULT_SCALE["content"]
 STRUCTURE_SCALE = DEFAULT_SCALE["structure"]
 STYLE_SCALE = DEFAULT_SCALE["style"]
+DIRECTION_SCALE = DEFAULT_SCALE["text"]  # not measured by itself
 
 TEXT_INTERVAL = DEFAULT_INTERVAL["text"]
 CONTENT_INTERVAL = DEFAULT_INTERVAL["content"]
 STRUCTURE_INTERVAL = DEFAULT_INTERVAL["structure"]
 STYLE_INTERVAL = DEFAULT_INTERVAL["style"]
+DIRECTION_INTERVAL = (0.0, 1.0)
 
 STRUCTURE_LAYERS = ",".join(map(str, StructureGuidance.layers))
 STYLE_LAYERS = ",".join(map(str, StyleGuidance.layers))

@@ -1,4 +1,4 @@
-"""Nodes that say what to pull towards: text, the content, structure or style of a picture, and sums of these."""
+"""Nodes that say what to pull towards: text, the content, structure or style of a picture, a change; sums of these."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..sdg_core.method import (
+    Blend,
     ContentGuidance,
+    DirectionGuidance,
     Guidance,
     StructureGuidance,
     StyleGuidance,
@@ -21,11 +23,12 @@ from ..sdg_core.method import (
     combine,
 )
 from . import defaults, host
-from .inputs import check_finite, to_frames, to_layers, to_prompt, to_references
+from .inputs import check_finite, shown, to_frames, to_layers, to_prompt, to_references
 from .loaders import NoisyCLIPSocket
 
 GuidanceSocket = io.Custom("SDG_GUIDANCE")
 COMBINED = 4
+CONFLICTS = ["add up", "project"]
 
 
 def noisy_clip_input() -> io.Input:
@@ -73,6 +76,39 @@ def interval_inputs(start: float, end: float) -> list[io.Input]:
     ]
 
 
+def blend_inputs() -> list[io.Input]:
+    """How combined guidances come together. New inputs come last, so that saved workflows keep their order."""
+    return [
+        io.Combo.Input(
+            "conflicts",
+            options=CONFLICTS,
+            default=CONFLICTS[0],
+            optional=True,
+            tooltip="What becomes of guidances that work against each other. add up: nothing. project: "
+            "each gives up what works against another, so none undoes another.",
+        ),
+        io.Float.Input(
+            "balance",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            round=0.001,
+            optional=True,
+            tooltip="0: scales and gradients decide who pulls how strongly. 1: the weights alone, so that equal "
+            "weights pull equally. Between: part of the way.",
+        ),
+    ]
+
+
+def to_blend(conflicts: str, balance: float) -> Blend | None:
+    """The two widgets; None where guidances simply add up. Raises ValueError for other words."""
+    if conflicts not in CONFLICTS:
+        raise ValueError(f"Got the conflicts {shown(conflicts)}; wanted one of: {', '.join(CONFLICTS)}. Choose one.")
+    blend = Blend(balance, conflicts == "project")
+    return blend if blend.project or blend.balance else None
+
+
 def guidance_output() -> io.Output:
     return GuidanceSocket.Output("GUIDANCE", tooltip="Connect to Guided KSampler, Apply Guidance or Combine Guidance.")
 
@@ -111,7 +147,7 @@ class SDGTextGuidance(io.ComfyNode):
                 scale_input(
                     defaults.TEXT_SCALE,
                     "How strongly to follow the text. Higher follows closer and varies less; 0 is off, "
-                    "negative pushes away. Usual: 50 to 300.",
+                    "negative pushes away, without end: see Guidance Away. Usual: 50 to 300.",
                 ),
                 *interval_inputs(*defaults.TEXT_INTERVAL),
             ],
@@ -146,7 +182,7 @@ class SDGContentGuidance(io.ComfyNode):
                 scale_input(
                     defaults.CONTENT_SCALE,
                     "How strongly to follow the content. Higher is closer to the reference; 0 is off, "
-                    "negative pushes away. Usual: 100 to 500.",
+                    "negative pushes away, without end: see Guidance Away. Usual: 100 to 500.",
                 ),
                 *interval_inputs(*defaults.CONTENT_INTERVAL),
             ],
@@ -176,7 +212,7 @@ class SDGStructureGuidance(io.ComfyNode):
                 scale_input(
                     defaults.STRUCTURE_SCALE,
                     "How strongly to follow the layout. Higher is closer to the reference; 0 is off, "
-                    "negative pushes away. Usual: 100 to 500.",
+                    "negative pushes away, without end: see Guidance Away. Usual: 100 to 500.",
                 ),
                 layers_input(
                     defaults.STRUCTURE_LAYERS,
@@ -221,7 +257,7 @@ class SDGStyleGuidance(io.ComfyNode):
                 scale_input(
                     defaults.STYLE_SCALE,
                     "How strongly to follow the style. Higher is closer to the reference; 0 is off, "
-                    "negative pushes away. Usual: 500 to 2000.",
+                    "negative pushes away, without end: see Guidance Away. Usual: 500 to 2000.",
                 ),
                 layers_input(
                     defaults.STYLE_LAYERS,
@@ -258,6 +294,61 @@ class SDGStyleGuidance(io.ComfyNode):
         return terms_of(noisy_clip, make, scale, start_percent, end_percent)
 
 
+class SDGDirectionGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SDGDirectionGuidance",
+            display_name="Direction Guidance (SDG)",
+            category="SDG/guidance",
+            description="Changes a given picture as one text changes into another. Use it for editing: start "
+            "from the picture's own latent, at a denoise below 1.",
+            inputs=[
+                noisy_clip_input(),
+                image_input("The picture to edit, the one that the latent holds."),
+                io.String.Input(
+                    "from_text",
+                    multiline=True,
+                    default="a person",
+                    tooltip="What the picture shows now, as far as it should change.",
+                ),
+                io.String.Input(
+                    "to_text",
+                    multiline=True,
+                    default="a person with glasses",
+                    tooltip="What it should show instead. Only the difference of the two texts counts.",
+                ),
+                scale_input(
+                    defaults.DIRECTION_SCALE,
+                    "How strongly to follow the change. Higher changes more; 0 is off, "
+                    "negative changes the other way. Usual: 50 to 300.",
+                ),
+                *interval_inputs(*defaults.DIRECTION_INTERVAL),
+            ],
+            outputs=[guidance_output()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        noisy_clip: host.NoisyCLIPValue,
+        image: Tensor,
+        from_text: str,
+        to_text: str,
+        scale: float,
+        start_percent: float,
+        end_percent: float,
+    ) -> io.NodeOutput:
+        references, prompts = to_references(image), [to_prompt(from_text), to_prompt(to_text)]
+
+        def make(patcher: ModelPatcher) -> DirectionGuidance:
+            with torch.no_grad():
+                before, after = host.load_encoder(patcher).encode_text(prompts).split(1)
+            return DirectionGuidance(references, after - before)
+
+        return terms_of(noisy_clip, make, scale, start_percent, end_percent)
+
+
 class SDGCombineGuidance(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -267,7 +358,7 @@ class SDGCombineGuidance(io.ComfyNode):
             category="SDG/guidance",
             description="Adds guidances up, each with a weight: text and pictures pull at once. "
             "Chain it for more than four.",
-            inputs=[part for number in range(1, COMBINED + 1) for part in cls.pair(number)],
+            inputs=[part for number in range(1, COMBINED + 1) for part in cls.pair(number)] + blend_inputs(),
             outputs=[guidance_output()],
         )
 
@@ -303,15 +394,17 @@ class SDGCombineGuidance(io.ComfyNode):
         weight_3: float = 1.0,
         guidance_4: host.HostGuidance | None = None,
         weight_4: float = 1.0,
+        conflicts: str = CONFLICTS[0],
+        balance: float = 0.0,
     ) -> io.NodeOutput:
-        check_finite(weight_1=weight_1, weight_2=weight_2, weight_3=weight_3, weight_4=weight_4)
+        check_finite(weight_1=weight_1, weight_2=weight_2, weight_3=weight_3, weight_4=weight_4, balance=balance)
         pairs = [(guidance_1, weight_1), (guidance_2, weight_2), (guidance_3, weight_3), (guidance_4, weight_4)]
         named = [(f"guidance_{number}", *pair) for number, pair in enumerate(pairs, 1) if pair[0] is not None]
         parts = [(host.to_guidance(guidance, name), weight) for name, guidance, weight in named]
         if not parts:
             raise ValueError("Nothing to combine: all guidance inputs are empty. Connect at least one guidance.")
         patchers = {id(patcher): patcher for guidance, _ in parts for patcher in guidance.patchers}
-        terms = combine([(guidance.terms, weight) for guidance, weight in parts])
+        terms = combine([(guidance.terms, weight) for guidance, weight in parts], to_blend(conflicts, balance))
         return io.NodeOutput(host.HostGuidance(terms, tuple(patchers.values())))
 
 

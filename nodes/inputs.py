@@ -64,6 +64,19 @@ def check_image(image: Tensor) -> Tensor:
     return image
 
 
+def to_mask(mask: Tensor | None, name: str) -> Tensor | None:
+    """MASK (N, H, W) or (H, W) in 0..1 -> (N, 1, H, W), float32; None where nothing is connected. Raises ValueError for
+    other shapes."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 3) or 0 in mask.shape or not bool(mask.isfinite().all()):
+        raise ValueError(
+            f"The input {name} got {shown(mask)}; wanted a MASK of finite numbers, (batch, height, width). Connect "
+            "one, for example from Load Image or Load Image (as Mask)."
+        )
+    return mask.to(torch.float32).clamp(0, 1).reshape(-1, 1, *mask.shape[-2:]).contiguous()
+
+
 def to_prompt(text: str) -> str:
     """The text without blank ends. Raises ValueError where nothing is left."""
     if not text.strip():
@@ -83,6 +96,29 @@ def to_layers(layers: str) -> tuple[int, ...]:
             "for example 4 or 3,4."
         )
     return tuple(numbers)
+
+
+def to_weights(weights: str) -> tuple[float, ...]:
+    """ "1, 0.5" -> (1.0, 0.5), and "" -> (). Raises ValueError for anything but numbers and commas."""
+    try:
+        return tuple(float(part) for part in weights.split(",") if part.strip())
+    except ValueError as error:
+        raise ValueError(
+            f"Got the weights {shown(weights)}; wanted numbers separated by commas, one for each reference. Write for "
+            "example 1, 0.5, or leave it empty."
+        ) from error
+
+
+def to_points(points: str) -> tuple[tuple[float, float], ...]:
+    """ "0:0, 0.3:1" -> ((0.0, 0.0), (0.3, 1.0)). Raises ValueError for anything but pairs of numbers and commas."""
+    pairs = [tuple(part.split(":")) for part in points.split(",") if part.strip()]
+    try:
+        return tuple((float(at), float(value)) for at, value in pairs)
+    except ValueError as error:
+        raise ValueError(
+            f"Got the points {shown(points)}; wanted pairs of numbers, part of the run : factor, separated by commas. "
+            "Write for example 0:0, 0.3:1, 1:0.2."
+        ) from error
 
 
 def to_frames(frames: str) -> tuple[int, ...]:

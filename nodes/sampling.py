@@ -144,7 +144,8 @@ def pull_inputs() -> list[io.Input]:
         io.Conditioning.Input(
             "negative",
             optional=True,
-            tooltip="The model's own negative prompt. Leave it empty for an ADM, which has none.",
+            tooltip="The model's own negative prompt. Leave it empty for an ADM, which has none, "
+            "and use Guidance Away.",
         ),
     ]
 

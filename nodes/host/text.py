@@ -27,4 +27,5 @@ def report(run: GuidanceRun) -> None:
     """One line in the log about a finished run."""
     capped = sum(int(step.capped.sum()) for step in run.trace)
     pictures = sum(len(step.capped) for step in run.trace)
-    log.info("Guided %d model evaluations; the cap bound %d of %d shifts.", len(run.trace), capped, pictures)
+    budget = "" if run.budget is None else f" Budget: {run.budget}."
+    log.info("Guided %d model evaluations; the cap bound %d of %d shifts.%s", len(run.trace), capped, pictures, budget)

@@ -1,17 +1,20 @@
 """The method: what a noisy picture is, what guidance reads in it, and the correction of a step. The paper's formulas.
 
 Read in this order: ``schedule`` (x_t = alpha x_0 + sigma eps), ``views`` (what an encoder looks at), ``features``
-(what it gives), ``guidance`` (the scores F), ``gradient`` (grad F), ``strength`` (how large a shift), ``run`` and
-``references`` (what a run remembers), ``guide`` (denoised + sigma^2 / alpha grad F). It knows encoders by their
-contract only, and no host.
+(what it gives), ``controls`` and ``blend`` (when and how a score counts), ``guidance`` (the scores F), ``gradient``
+(grad F), ``strength`` (how large a shift), ``run`` and ``references`` (what a run remembers), ``guide`` (denoised +
+sigma^2 / alpha grad F). It knows encoders by their contract only, and no host.
 """
 
+from .blend import Blend
+from .controls import CHOICES, EASES, Augment, Choice, Crop, Curve, Ease, Goal, Region, Several, feathered
 from .features import Encoder, Features, NoisyEncoder, embedding, gram, squared_distance, squared_size, unit
 from .gradient import Sight, Target, as_normal, gradient_scope, score_gradient
 from .guidance import (
     DEFAULT_INTERVAL,
     DEFAULT_SCALE,
     ContentGuidance,
+    DirectionGuidance,
     Fade,
     Guidance,
     Kind,
@@ -26,23 +29,34 @@ from .guidance import (
 from .guide import encoder_noise, guidance_gradient, guidance_shift, guide
 from .precision import added, precise
 from .references import REFERENCE_SEED, Batch
-from .run import GuidanceRun, StepTrace
+from .run import Budget, GuidanceRun, StepTrace
 from .schedule import Convention, TimestepTable, betas, expand, timestep_embedding
 from .strength import Strength, rms
 from .views import PIXEL_VIEW, DecodedView, LatentFormat, LinearView, PixelView, View
 
 __all__ = [
+    "CHOICES",
     "DEFAULT_INTERVAL",
     "DEFAULT_SCALE",
+    "EASES",
     "PIXEL_VIEW",
     "REFERENCE_SEED",
+    "Augment",
     "Batch",
+    "Blend",
+    "Budget",
+    "Choice",
     "ContentGuidance",
     "Convention",
+    "Crop",
+    "Curve",
     "DecodedView",
+    "DirectionGuidance",
+    "Ease",
     "Encoder",
     "Fade",
     "Features",
+    "Goal",
     "Guidance",
     "GuidanceRun",
     "Kind",
@@ -50,6 +64,8 @@ __all__ = [
     "LinearView",
     "NoisyEncoder",
     "PixelView",
+    "Region",
+    "Several",
     "Sight",
     "StepTrace",
     "Strength",
@@ -68,6 +84,7 @@ __all__ = [
     "embedding",
     "encoder_noise",
     "expand",
+    "feathered",
     "fit",
     "gradient_scope",
     "gram",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeGuard
 
@@ -18,19 +19,30 @@ class Features:
     """Output of every encoder, stopped at the depth asked for.
 
     ``maps``: feature maps (B, C_i, H_i, W_i), shallow to deep. ``embed``: the pooled embedding (B, D), None where the
-    encoder stopped before it.
+    encoder stopped before it. ``where``: how much each place of the picture counts, (B, 1, h, w) in 0..1; None is 1.
     """
 
     maps: tuple[Tensor, ...]
     embed: Tensor | None = None
+    where: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """How many samples they are of."""
+        return len(self.maps[0] if self.embed is None else self.embed)
 
     def to(self, device: torch.device) -> Features:
         """The same features on a device."""
-        return Features(tuple(m.to(device) for m in self.maps), None if self.embed is None else self.embed.to(device))
+        return self.map(lambda tensor: tensor.to(device))
 
     def take(self, rows: Tensor | slice) -> Features:
         """The features of some samples."""
-        return Features(tuple(m[rows] for m in self.maps), None if self.embed is None else self.embed[rows])
+        return self.map(lambda tensor: tensor[rows])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Features:
+        """The features with every tensor changed."""
+        embed, where = (None if v is None else change(v) for v in (self.embed, self.where))
+        return Features(tuple(map(change, self.maps)), embed, where)
 
 
 class Encoder(Protocol):
@@ -78,15 +90,27 @@ def unit(embed: Tensor) -> Tensor:
     return F.normalize(precise(embed), dim=-1)
 
 
-def gram(feature_map: Tensor, centred: bool = True) -> Tensor:
+def gram(feature_map: Tensor, centred: bool = True, where: Tensor | None = None) -> Tensor:
     """Gram matrix (B, C, C) of a map (B, C, H, W): products of channels averaged over positions, per sample.
 
     ``centred`` subtracts each channel's mean first (a covariance): texture without layout's and palette's mean.
+    ``where`` (B, 1, h, w) weighs positions, in both averages.
     """
     flat = precise(feature_map).flatten(2)
+    if where is not None:
+        part = counts(where, feature_map).flatten(2)
+        part = part / part.mean(dim=2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        centre = (part * flat).mean(dim=2, keepdim=True) if centred else 0.0
+        flat = part.sqrt() * (flat - centre)
+        return flat @ flat.transpose(1, 2) / flat.shape[2]
     if centred:
         flat = flat - flat.mean(dim=2, keepdim=True)
     return flat @ flat.transpose(1, 2) / flat.shape[2]
+
+
+def counts(where: Tensor, feature_map: Tensor) -> Tensor:
+    """How much each place of a map (B, C, H, W) counts: ``where`` (B, 1, h, w) at its size, averaged over areas."""
+    return F.interpolate(where.to(precise(feature_map)), feature_map.shape[-2:], mode="area")
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .controls import Crop, Several
 from .features import Encoder, Features
 from .guidance import Guidance, Term
 from .precision import precise
@@ -60,16 +61,44 @@ def as_normal(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Window:
+    """A mask (B, 1, h, w) on what the encoder sees, and the picture (1, 3, h, w) that stands outside."""
+
+    mask: Tensor
+    blank: Tensor
+
+    def take(self, rows: slice) -> Window:
+        return Window(self.mask[rows], self.blank)
+
+    def normal(self) -> Window:
+        return Window(as_normal(self.mask).clone(), as_normal(self.blank).clone())
+
+
+@dataclass(frozen=True)
 class Sight:
     """What the encoder looks at in one evaluation: ``view`` of a tensor x of which ``signal`` (B,) is x_0, at timestep
-    t (1 or B,)."""
+    t (1 or B,), through a ``window`` and by a ``crop`` if there are any."""
 
     view: View
     signal: Tensor
     t: Tensor
+    window: Window | None = None
+    crop: Crop | None = None
 
     def take(self, rows: slice) -> Sight:
-        return Sight(self.view, self.signal[rows], self.t if len(self.t) == 1 else self.t[rows])
+        window = None if self.window is None else self.window.take(rows)
+        return Sight(self.view, self.signal[rows], self.t if len(self.t) == 1 else self.t[rows], window, self.crop)
+
+    def features(self, encoder: Encoder, picture: Tensor, depth: int) -> Features:
+        """What the encoder gives of the picture (B, 3, h, w)."""
+        t, mask = as_normal(self.t).clone(), None
+        if self.window is not None:
+            window = self.window.normal()
+            mask, picture = window.mask, window.mask * picture + (1 - window.mask) * window.blank
+        if self.crop is not None:
+            mask, picture = None if mask is None else self.crop(mask), self.crop(picture)
+        features = encoder(picture, t, depth)
+        return features if mask is None else replace(features, where=mask)
 
 
 def score_gradient(
@@ -89,7 +118,7 @@ def score_gradient(
     with gradient_scope(*([encoder] if isinstance(encoder, nn.Module) else []), *sight.view.modules):
         x = precise(x.detach()).clone().requires_grad_(True)
         picture = precise(sight.view.picture(x, as_normal(sight.signal).clone()))
-        features = encoder(picture, as_normal(sight.t).clone(), depth)
+        features = sight.features(encoder, picture, depth)
         scores = torch.stack(
             [target.score(term.guidance, features) for term, target in zip(terms, targets, strict=True)]
         )
@@ -117,11 +146,12 @@ def _through_decoder(seen: Tensor, picture: Tensor, x: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Target:
     """What a term compares with. ``reference`` (B,) picks one of the target's references for each sample (the frames of
-    a video); None averages over all of them.
+    a video); None averages over all of them, or joins them as ``several`` says.
     """
 
     features: Features
     reference: Tensor | None = None
+    several: Several | None = None
 
     def take(self, rows: slice) -> Target:
         return self if self.reference is None else Target(self.features, self.reference[rows])
@@ -129,6 +159,9 @@ class Target:
     def score(self, guidance: Guidance, features: Features) -> Tensor:
         """(B,)."""
         wanted = _normal(self.features)
+        if self.several is not None:
+            each = [guidance.score(features, wanted.take(slice(r, r + 1))) for r in range(wanted.count)]
+            return self.several.joined(torch.stack(each), guidance.best)
         if self.reference is None:
             return guidance.score(features, wanted)
         parts = []
@@ -179,4 +212,4 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 def _normal(features: Features) -> Features:
-    return Features(tuple(map(as_normal, features.maps)), None if features.embed is None else as_normal(features.embed))
+    return features.map(as_normal)

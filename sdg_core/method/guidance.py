@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .features import Encoder, Features, gram, squared_distance, squared_size, unit
+from .blend import Blend
+from .controls import Augment, Curve, Goal, Region, Several, check_every
+from .features import Encoder, Features, counts, gram, reads_noise, squared_distance, squared_size, unit
 from .precision import precise
 
 Kind = Literal["text", "content", "structure", "style"]
@@ -40,8 +42,15 @@ Look = Callable[[Tensor, "int | None"], Features]
 class Guidance(Protocol):
     """One pull. ``target`` is computed once per noise level, ``score`` at every gradient.
 
-    A target's ``maps`` are what ``score`` compares, one per layer that the guidance reads.
+    A target's ``maps`` are what ``score`` compares, one per layer that the guidance reads. ``best`` is the score of the
+    reference itself. ``aligned``: whether the same places of picture and reference are compared.
     """
+
+    @property
+    def best(self) -> float: ...
+
+    @property
+    def aligned(self) -> bool: ...
 
     def depth(self, encoder: Encoder) -> int: ...
 
@@ -52,9 +61,14 @@ class Guidance(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class TextGuidance:
-    """F = E'(x_t, t) . E_L(l). ``embed``: normalised text embeddings (N, D); several are averaged in score."""
+    """F = E'(x_t, t) . E_L(l). ``embed``: normalised text embeddings (N, D); several are averaged in score.
+
+    ``spherical``: F = 1 - theta^2 / 2 of the angle theta instead of cos(theta), see ``_cosine``.
+    """
 
     embed: Tensor
+    spherical: bool = False
+    best, aligned = 1.0, False
 
     def depth(self, encoder: Encoder) -> int:
         return encoder.full_depth
@@ -63,17 +77,19 @@ class TextGuidance:
         return Features((), self.embed)
 
     def score(self, features: Features, target: Features) -> Tensor:
-        return _cosine(features, target)
+        return _cosine(features, target, self.spherical)
 
 
 @dataclass(frozen=True, eq=False)
 class ContentGuidance:
     """F = E'(x_t, t) . E'(x'_t, t): what is in the picture; pose and layout stay free.
 
-    ``image``: references (R, 3, h, w) in -1..1; several are averaged in score.
+    ``image``: references (R, 3, h, w) in -1..1; several are averaged in score. ``spherical``: see ``TextGuidance``.
     """
 
     image: Tensor
+    spherical: bool = False
+    best, aligned = 1.0, False
 
     def depth(self, encoder: Encoder) -> int:
         return encoder.full_depth
@@ -84,7 +100,7 @@ class ContentGuidance:
         return Features((), unit(embed))
 
     def score(self, features: Features, target: Features) -> Tensor:
-        return _cosine(features, target)
+        return _cosine(features, target, self.spherical)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,17 +112,19 @@ class StructureGuidance:
 
     image: Tensor
     layers: tuple[int, ...] = (3,)
+    best, aligned = 0.0, True
 
     def depth(self, encoder: Encoder) -> int:
         return max(check_layers(self.layers, encoder))
 
     def target(self, look: Look) -> Features:
-        maps = look(self.image, max(self.layers)).maps
-        return Features(tuple(maps[layer - 1] for layer in self.layers))
+        seen = look(self.image, max(self.layers))
+        maps = seen.maps
+        return Features(tuple(maps[layer - 1] for layer in self.layers), where=seen.where)
 
     def score(self, features: Features, target: Features) -> Tensor:
         seen = [features.maps[layer - 1] for layer in self.layers]
-        return _closeness(seen, target)
+        return _closeness(seen, target, features.where)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,16 +137,53 @@ class StyleGuidance:
     image: Tensor
     layers: tuple[int, ...] = (5,)
     centred: bool = False
+    best, aligned = 0.0, False
 
     def depth(self, encoder: Encoder) -> int:
         return max(check_layers(self.layers, encoder))
 
     def target(self, look: Look) -> Features:
-        maps = look(self.image, max(self.layers)).maps
-        return Features(tuple(gram(maps[layer - 1], self.centred) for layer in self.layers))
+        seen = look(self.image, max(self.layers))
+        return Features(self.grams(seen))
 
     def score(self, features: Features, target: Features) -> Tensor:
-        return _closeness([gram(features.maps[layer - 1], self.centred) for layer in self.layers], target)
+        return _closeness(self.grams(features), target)
+
+    def grams(self, features: Features) -> tuple[Tensor, ...]:
+        """The Gram matrices (B, C, C) of its layers."""
+        return tuple(gram(features.maps[layer - 1], self.centred, features.where) for layer in self.layers)
+
+
+@dataclass(frozen=True, eq=False)
+class DirectionGuidance:
+    """F = cos(E'(x_t, t) - E'(x'_t, t), E_L(to) - E_L(from)), all on the unit sphere: the picture changes as the text
+    does (the directional loss of StyleGAN-NADA, Gal et al. 2021, arXiv 2108.00946).
+
+    ``image``: the picture(s) to edit (R, 3, h, w) in -1..1. ``direction``: E_L(to) - E_L(from), (1, D).
+    """
+
+    image: Tensor
+    direction: Tensor
+    best, aligned = 1.0, False
+
+    def __post_init__(self) -> None:
+        if not bool((self.direction.norm(dim=-1) > 1e-6).all()):
+            raise ValueError("Got two texts that say the same to this encoder; wanted a change. Write another text.")
+
+    def depth(self, encoder: Encoder) -> int:
+        return encoder.full_depth
+
+    def target(self, look: Look) -> Features:
+        embed = look(self.image, None).embed
+        assert embed is not None
+        return Features((self.direction.expand(len(embed), -1),), unit(embed))
+
+    def score(self, features: Features, target: Features) -> Tensor:
+        assert features.embed is not None
+        assert target.embed is not None
+        seen = unit(features.embed)
+        change = unit(seen[:, None] - target.embed.to(seen.dtype))
+        return (change * unit(target.maps[0].to(seen.dtype))).sum(dim=2).mean(dim=1)
 
 
 @dataclass(frozen=True)
@@ -155,7 +210,11 @@ class Term:
     ``start`` and ``end`` are fractions of the sampling run (0 is pure noise, 1 the finished picture). A negative scale
     pushes away. A combined guidance is a tuple of terms; its score is the sum of scale * score. ``fade`` weighs by the
     noise, where two encoders share the work. ``frames``: those of a video to guide, negative ones counted from the
-    end; None is all.
+    end; None is all. The other fields are ``controls``: ``curves`` multiply the scale over the run; the gradient is
+    taken at ``every`` k-th noise level only and reused between; ``region`` bounds what is read and
+    shifted; at its ``goal`` it stops; ``several`` says how it follows more than one reference; terms
+    of one ``blend`` come together by it, at their ``share``; a clean encoder may look by ``augment``;
+    guidance may cost ``budget`` percent of the model's time.
     """
 
     guidance: Guidance
@@ -165,6 +224,15 @@ class Term:
     end: float = 1.0
     fade: Fade | None = None
     frames: tuple[int, ...] | None = None
+    curves: tuple[Curve, ...] = ()
+    every: int = 1
+    region: Region | None = None
+    goal: Goal | None = None
+    several: Several | None = None
+    blend: Blend | None = None
+    share: float = 1.0
+    augment: Augment | None = None
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= 1:
@@ -172,11 +240,43 @@ class Term:
                 f"Got a guidance that runs from {self.start} to {self.end}; wanted 0 <= start < end <= 1. "
                 "Set start below end, both as fractions of the run."
             )
+        check_every(self.every)
+        if self.budget is not None and not (math.isfinite(self.budget) and self.budget > 0):
+            raise ValueError(f"Got a budget of {self.budget} % more time; wanted above 0. Usual: 10 to 50.")
+        if self.augment is not None and reads_noise(self.encoder):
+            raise ValueError(
+                "Got random crops for an encoder of noise; wanted a clean one. An encoder of noise needs none, and "
+                "counts on the size of the picture. Take them off, or use a clean CLIP from Load CLIP (SDG)."
+            )
+
+    @property
+    def apart(self) -> bool:
+        """Whether a control needs this term's gradient by itself, from a pass of its own."""
+        masked = self.region is not None and self.region.picture is not None
+        controls = (self.goal, self.blend, self.augment, self.budget)
+        return self.every > 1 or masked or any(control is not None for control in controls)
+
+    @property
+    def aims(self) -> bool:
+        """Whether a goal sizes its shift, instead of the scale."""
+        return self.goal is not None and self.goal.adapted
 
 
-def combine(parts: Sequence[tuple[tuple[Term, ...], float]]) -> tuple[Term, ...]:
-    """The weighted sum of guidances: F = w_1 F_1 + w_2 F_2 + ..., as one tuple of terms."""
-    return tuple(replace(term, scale=weight * term.scale) for terms, weight in parts for term in terms)
+def combine(parts: Sequence[tuple[tuple[Term, ...], float]], blend: Blend | None = None) -> tuple[Term, ...]:
+    """The weighted sum of guidances: F = w_1 F_1 + w_2 F_2 + ..., as one tuple of terms.
+
+    With a ``blend`` their gradients come together by that, each with its weight as its share of the pull.
+    """
+    return tuple(
+        replace(
+            term,
+            scale=weight * term.scale,
+            share=abs(weight) * term.share,
+            blend=term.blend if blend is None else blend,
+        )
+        for terms, weight in parts
+        for term in terms
+    )
 
 
 def check_layers(layers: tuple[int, ...], encoder: Encoder) -> tuple[int, ...]:
@@ -202,21 +302,33 @@ def fit(image: Tensor, height: int, width: int) -> Tensor:
     return image[..., top : top + height, left : left + width]
 
 
-def _cosine(features: Features, target: Features) -> Tensor:
+def _cosine(features: Features, target: Features, spherical: bool) -> Tensor:
+    """cos(theta), or 1 - theta^2 / 2, whose gradient does not vanish with sin(theta): the pull is theta at every angle.
+
+    theta = 2 arcsin(|u - v| / 2) (the spherical distance of k-diffusion and disco-diffusion).
+    """
     assert features.embed is not None
     assert target.embed is not None
     seen = unit(features.embed)
+    if spherical:
+        chord = (seen[:, None] - target.embed.to(seen.dtype)).square().sum(dim=2).clamp(min=1e-12, max=4 - 1e-6).sqrt()
+        return (1 - 2 * (chord / 2).asin().square()).mean(dim=1)
     return (seen @ target.embed.to(seen.dtype).T).mean(dim=1)
 
 
-def _closeness(seen: Sequence[Tensor], target: Features) -> Tensor:
+def _closeness(seen: Sequence[Tensor], target: Features, where: Tensor | None = None) -> Tensor:
     """Minus the relative squared distance, averaged over layers and references: (B, ...) per layer -> (B,).
 
-    ``target.maps`` holds the wanted values (R, ...) of the same layers.
+    ``target.maps`` holds the wanted values (R, ...) of the same layers. Places of maps count as ``where`` (B, 1, h, w)
+    and the references' own say.
     """
-    distances = [
-        squared_distance(layer, reference[None]) / squared_size(reference[None])
-        for layer, wanted in zip(seen, target.maps, strict=True)
-        for reference in wanted
-    ]
+    distances = []
+    for layer, wanted in zip(seen, target.maps, strict=True):
+        for r, reference in enumerate(wanted):
+            a, b = layer, reference[None]
+            for part in (where, None if target.where is None else target.where[r % len(target.where)][None]):
+                if part is not None:
+                    root = counts(part, layer).sqrt()
+                    a, b = precise(a) * root, precise(b) * root
+            distances.append(squared_distance(a, b) / squared_size(b))
     return -torch.stack(distances).mean(dim=0)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from .controls import Crop
 from .features import Encoder, reads_noise
 from .gradient import Sight
 from .precision import added
-from .references import Batch
-from .run import GuidanceRun, StepTrace
+from .references import Batch, window
+from .run import GuidanceRun, Kept, StepTrace
 from .schedule import MIN_ALPHA, Convention, expand
-from .strength import bounded, rms
+from .strength import Strength, bounded, rms
 
 
 def guide(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Tensor:
@@ -28,54 +31,173 @@ def guide(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Ten
 
 def guidance_shift(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Tensor | None:
     """What ``guide`` adds, in the precision of x_t, at least float32, or None where there is nothing to add."""
+    if run.budget is None:
+        return _shift(denoised, x_t, sigma, run)
+    with run.budget.measured(run):
+        return _shift(denoised, x_t, sigma, run)
+
+
+def _shift(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Tensor | None:
     batch = Batch.of(denoised, x_t, sigma)
     weights = run.weights(batch.sigma, batch.frame, batch.frames)
     if not bool((weights != 0).any()):
         return None
-    grad, scores = guidance_gradient(batch, weights, run)
+    pull = _pull(batch, weights, run)
+    room, full, strength = run.room(batch, weights), run.fullness(batch, weights), run.strength
     alpha, s = (expand(v, batch.x_t) for v in (run.convention.alpha(batch.sigma), batch.sigma))
     usable = alpha > MIN_ALPHA
     alpha = torch.where(usable, alpha, torch.ones_like(alpha))
-    shift = torch.where(usable, s.square() / alpha * grad, torch.zeros_like(grad))
+    shift = torch.where(usable, s.square() / alpha * pull.grad, torch.zeros_like(pull.grad))
     step = (batch.x_t - alpha * batch.denoised) / alpha  # sigma / alpha * eps: the model's own step
-    shift, pull, capped = bounded(shift, rms(step), run.strength)
-    run.trace.append(StepTrace(float(sigma.flatten()[0]), scores, pull, capped))
+    if pull.aimed is not None:  # goals size their part of the shift: only the cap's bound is left for them
+        shift = bounded(shift, rms(step), strength, room, full).shift if strength.mode == "relative" else shift
+        shift = shift + torch.where(usable, s.square() / alpha * pull.aimed, torch.zeros_like(shift))
+        full, strength = None, Strength("absolute", strength.cap)
+    shift, size, capped = bounded(shift, rms(step), strength, room, full)
+    run.trace.append(StepTrace(float(sigma.flatten()[0]), pull.scores, size, capped))
     return batch.unfold(shift)
 
 
 def guidance_gradient(batch: Batch, weights: Tensor, run: GuidanceRun) -> tuple[Tensor, Tensor]:
     """grad_{x_t} F (B, C, H, W) and the scores (K, B), by every encoder that has a weight (K, B) here."""
+    pull = _pull(batch, weights, run)
+    return pull.grad if pull.aimed is None else pull.grad + pull.aimed, pull.scores
+
+
+class Pull(NamedTuple):
+    """grad_{x_t} F (B, C, H, W) of the terms that count by their scales, of those that aim at a goal, and all scores
+    (K, B)."""
+
+    grad: Tensor
+    aimed: Tensor | None
+    scores: Tensor
+
+
+def _pull(batch: Batch, weights: Tensor, run: GuidanceRun) -> Pull:
+    apart = [k for k, term in enumerate(run.terms) if term.apart and bool((weights[k] != 0).any())]
     grad, scores = torch.zeros_like(batch.x_t), torch.zeros_like(weights)
-    for encoder, members, rows in run.active(weights, batch):
-        some = weights[members][:, rows]
-        part, part_scores = _encoder_gradient(encoder, members, batch.take(rows), some, run)
-        grad[rows] += part
+    for encoder, members, rows in run.active(_without(weights, apart), batch):
+        some, seen = weights[members][:, rows], batch.take(rows)
+        part, part_scores = _encoder_gradient(encoder, members, seen, some, run)
+        grad[rows] += _of_x_t(encoder, part, seen, run)
         scores[torch.tensor(members)[:, None], rows] = part_scores.to(scores)
-    return grad, scores
+    aimed = None
+    parts: dict[int, Tensor] = {}
+    for k in apart:
+        own, scores[k] = _own_gradient(k, weights[k] != 0, batch, run)
+        part = _counted(k, own, scores[k], weights[k], batch, run)
+        if run.terms[k].aims:
+            aimed = part if aimed is None else aimed + part
+        else:
+            parts[k] = part
+    for part in _blended(parts, weights, run):
+        grad += part
+    return Pull(grad, aimed, scores)
 
 
-def _encoder_gradient(
-    encoder: Encoder, members: list[int], batch: Batch, weights: Tensor, run: GuidanceRun
-) -> tuple[Tensor, Tensor]:
-    """The part of one encoder, at one noise level: of x_t in its own scaling (SNR matching), or of denoised.
+def _blended(parts: dict[int, Tensor], weights: Tensor, run: GuidanceRun) -> list[Tensor]:
+    """The parts (B, C, H, W) of terms k, those that share a blend brought together by it."""
+    groups: dict[int, list[int]] = {}
+    for k in parts:
+        blend = run.terms[k].blend
+        groups.setdefault(-1 - k if blend is None else id(blend), []).append(k)
+    found = []
+    for members in groups.values():
+        blend = run.terms[members[0]].blend
+        if blend is None or len(members) == 1:
+            found += [parts[k] for k in members]
+            continue
+        shares = torch.stack([weights[k] / run.terms[k].scale * run.terms[k].share for k in members])
+        found += blend(torch.stack([parts[k] for k in members]), shares).unbind()
+    return found
+
+
+def _counted(k: int, own: Tensor, score: Tensor, weight: Tensor, batch: Batch, run: GuidanceRun) -> Tensor:
+    """What a term's own gradient (B, C, H, W) adds: times what it counts, inside its mask."""
+    mask = batch.mask(run.terms[k], (own.shape[-2], own.shape[-1]))
+    part = own if mask is None else mask * own
+    slope = (own * part).flatten(1).sum(dim=1)
+    return expand(_amount(k, weight, score, slope, batch, run), own) * part
+
+
+def _amount(k: int, weight: Tensor, score: Tensor, slope: Tensor, batch: Batch, run: GuidanceRun) -> Tensor:
+    """What the own gradient g of term k counts (B,): its weight (B,), or what its goal asks for.
+
+    A shift d = sigma^2 / alpha * a * g of denoised moves the score by c (g . d): c = alpha where x_t is read, and
+    1 / f = (alpha^2 v + sigma^2) / (alpha v) where denoised is, because g = f dF / d denoised. ``slope``: g . g (B,),
+    inside the mask. So a = lift * alpha / (c sigma^2 slope).
+    """
+    term = run.terms[k]
+    if term.goal is None:
+        return weight
+    gap = term.goal.gap(score, term.guidance.best, term.scale)
+    if not term.goal.adapted:
+        return torch.where(gap > 0, weight, torch.zeros_like(weight))
+    alpha, square = run.convention.alpha(batch.sigma), batch.sigma.square()
+    moved = alpha if reads_noise(term.encoder) else (alpha.square() * run.variance + square) / (alpha * run.variance)
+    rise = moved * square * slope
+    lift = gap / run.memory(k).realised(float(batch.sigma.max()))
+    wanted = weight / abs(term.scale) * lift * alpha / rise.clamp(min=torch.finfo(rise.dtype).tiny)
+    return torch.where(rise > 0, wanted, torch.zeros_like(wanted))
+
+
+def _without(weights: Tensor, apart: list[int]) -> Tensor:
+    """Weights (K, B) of the terms that share their pass."""
+    return weights.index_fill(0, torch.tensor(apart, device=weights.device), 0.0) if apart else weights
+
+
+def _own_gradient(k: int, wanted: Tensor, batch: Batch, run: GuidanceRun) -> tuple[Tensor, Tensor]:
+    """grad_{x_t} F_k (B, C, H, W) of one term by itself, without its weight, and its scores (B,), where ``wanted``.
+
+    The gradient last taken serves again where no new one is due; only what takes it to x_t is this noise level's own.
+    """
+    memory, level = run.memory(k), float(batch.sigma.max())
+    kept = memory.find(level, wanted, batch.x_t.shape, run.every(k))
+    if kept is None:
+        run.gradients += 1
+        crops = run.crops(k, batch)
+        grad, score, weights = torch.zeros_like(batch.x_t), torch.zeros_like(batch.sigma), run.only(k, wanted)
+        for encoder, members, rows in run.active(weights, batch):
+            seen, ones = batch.take(rows), weights[members][:, rows]
+            for crop in crops:
+                part, scores = _encoder_gradient(encoder, members, seen, ones, run, crop)
+                grad[rows] += part.to(grad) / len(crops)
+                score[rows] += scores[0].to(score) / len(crops)
+        kept = memory.keep(level, Kept(grad, score, wanted))
+    return _of_x_t(run.terms[k].encoder, kept.grad, batch, run), kept.score
+
+
+def _of_x_t(encoder: Encoder, grad: Tensor, batch: Batch, run: GuidanceRun) -> Tensor:
+    """The gradient of x_t from that of what an encoder reads: x_t in its own scaling (SNR matching), or denoised.
 
     The gradient of a score of denoised, G, counts as alpha v / (alpha^2 v + sigma^2) G, so that Tweedie's sigma^2 /
     alpha turns it into the posterior variance, which is exact for Gaussian data of variance v per element.
     """
+    x, sigma = batch.x_t, batch.sigma
+    if reads_noise(encoder):
+        view = run.view_of(encoder)
+        return grad / expand(encoder_noise(encoder, view.size(*x.shape[-2:]), sigma, run.convention)[1], x)
+    alpha = run.convention.alpha(sigma)
+    factor = alpha * run.variance / (alpha.square() * run.variance + sigma.square())
+    return grad * expand(factor, x)
+
+
+def _encoder_gradient(
+    encoder: Encoder, members: list[int], batch: Batch, weights: Tensor, run: GuidanceRun, crop: Crop | None = None
+) -> tuple[Tensor, Tensor]:
+    """The part of one encoder, at one noise level: of what it reads, x_t in its own scaling or denoised."""
     view, x, sigma = run.view_of(encoder), batch.x_t, batch.sigma
     terms = [run.terms[k] for k in members]
-    alpha = run.convention.alpha(sigma)
     if not reads_noise(encoder):
-        sight = Sight(view, torch.ones_like(sigma), torch.zeros_like(sigma[:1]))
-        targets = [run.references.target(k, run.terms[k].guidance, encoder, view, batch, None) for k in members]
-        grad, scores = run.chunks.gradient(encoder, terms, weights, targets, batch.denoised, sight)
-        factor = alpha * run.variance / (alpha.square() * run.variance + sigma.square())
-        return grad * expand(factor, x), scores
+        seen = window(terms[0], view, batch, None)
+        sight = Sight(view, torch.ones_like(sigma), torch.zeros_like(sigma[:1]), seen, crop)
+        targets = [run.references.target(k, run.terms[k], view, batch, None, crop) for k in members]
+        return run.chunks.gradient(encoder, terms, weights, targets, batch.denoised, sight)
     ratio, norm = encoder_noise(encoder, view.size(*x.shape[-2:]), sigma, run.convention)
-    sight = Sight(view, alpha / norm, encoder.table.timestep(ratio[:1]))
-    targets = [run.references.target(k, run.terms[k].guidance, encoder, view, batch, ratio[:1]) for k in members]
-    grad, scores = run.chunks.gradient(encoder, terms, weights, targets, x / expand(norm, x), sight)
-    return grad / expand(norm, x), scores
+    seen = window(terms[0], view, batch, ratio[:1])
+    sight = Sight(view, run.convention.alpha(sigma) / norm, encoder.table.timestep(ratio[:1]), seen)
+    targets = [run.references.target(k, run.terms[k], view, batch, ratio[:1]) for k in members]
+    return run.chunks.gradient(encoder, terms, weights, targets, x / expand(norm, x), sight)
 
 
 def encoder_noise(

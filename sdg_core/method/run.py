@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from .controls import Crop
 from .features import Encoder
 from .gradient import Chunks
 from .guidance import Term
 from .precision import precise
-from .references import Batch, References
-from .schedule import MIN_ALPHA, Convention
+from .references import REFERENCE_SEED, Batch, References
+from .schedule import MIN_ALPHA, Convention, expand
 from .strength import Strength
 from .views import PIXEL_VIEW, View
+
+FIRST_REALISED = 0.5
+"""What part of a shift is taken to stay at the first step, before there is a ratio of noise levels."""
+
+LEVELS_REMEMBERED = 256
+"""Noise levels that a term's memory counts by: the lowest, which are the latest."""
+
+GRADIENTS_KEPT = 2
+"""Gradients of a term that stay in memory for reuse: a sampler of higher order comes back to the one before."""
+
+BISECTIONS = 30
+"""Halvings of the run that find the part of it where a noise level is: to 1e-9, so that 7 decimals are exact."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +45,97 @@ class StepTrace:
     scores: Tensor
     pull: Tensor
     capped: Tensor
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A gradient to reuse: of one term's score, as the encoder's pass gave it (B, C, H, W), its scores (B,), and of
+    which samples they are known (B,)."""
+
+    grad: Tensor
+    score: Tensor
+    known: Tensor
+
+
+@dataclass
+class Memory:
+    """Gradients of one term by noise level, for every k-th level to serve those after it.
+
+    Model calls are taken in the order of their noise, not of time: samplers of higher order look ahead and come back.
+    ``levels`` are the noise levels seen.
+    """
+
+    kept: dict[float, Kept] = field(default_factory=dict)
+    levels: set[float] = field(default_factory=set)
+
+    def find(self, level: float, wanted: Tensor, shape: torch.Size, every: int) -> Kept | None:
+        """The gradient to reuse at a noise level for the samples ``wanted`` (B,), None where a new one is due."""
+        self.levels.add(level)
+        if every == 1:
+            return None
+        above = [s for s in self.kept if s >= level]
+        if not above:
+            return None
+        kept = self.kept[min(above)]
+        steps = sum(level <= s < min(above) for s in self.levels)
+        fits = kept.grad.shape == shape and not bool((wanted & ~kept.known).any())
+        return kept if fits and steps < every else None
+
+    def realised(self, level: float) -> float:
+        """What part of a shift of denoised is in x after a step, by the last noise level above; a half at first."""
+        above = [s for s in self.levels if s > level]
+        return 1 - level / min(above) if above else FIRST_REALISED
+
+    def keep(self, level: float, kept: Kept) -> Kept:
+        """Keeps a gradient, and forgets all but the latest two."""
+        self.kept.pop(level, None)
+        self.kept[level] = kept
+        for old in list(self.kept)[:-GRADIENTS_KEPT]:
+            del self.kept[old]
+        self.levels = set(sorted(self.levels)[:LEVELS_REMEMBERED])
+        return kept
+
+
+@dataclass
+class Budget:
+    """Chooses every how many steps a gradient is taken, so that guidance costs at most ``percent`` more time.
+
+    The first gradient warms up, the second is measured: it took c, and the model's call before it m. Then
+
+        every = ceil(c / (m * percent / 100))
+
+    ``clock`` gives seconds. Guidance waits for its own results, so on a GPU too the times are those of the work.
+    """
+
+    percent: float
+    clock: Callable[[], float] = time.perf_counter
+    every: int = 1
+    taken: int = 0
+    guidance: float = 0.0
+    model: float = 0.0
+    left: float | None = None
+
+    @contextmanager
+    def measured(self, run: GuidanceRun) -> Iterator[None]:
+        """Around all that guidance does in one model call."""
+        start, before = self.clock(), run.gradients
+        model, warm = 0.0 if self.left is None else start - self.left, self.taken > 0
+        yield
+        self.left = self.clock()
+        if run.gradients == before:
+            return
+        self.taken += 1
+        if warm and self.model == 0 and model > 0:
+            self.guidance, self.model = self.left - start, model
+            self.every = max(1, math.ceil(self.guidance / (model * self.percent / 100) - 1e-9))
+
+    def __str__(self) -> str:
+        """What it chose, in words."""
+        if self.model == 0:
+            return f"too few steps to hold guidance to {self.percent:g} % more time"
+        cost = 100 * self.guidance / self.model
+        often = f"for at most {self.percent:g} % more, one every {self.every} steps"
+        return f"a gradient costs {cost:.0f} % of a step; {often}"
 
 
 @dataclass
@@ -49,11 +156,38 @@ class GuidanceRun:
     trace: list[StepTrace] = field(default_factory=list)
     references: References = field(default_factory=References)
     chunks: Chunks = field(default_factory=Chunks)
+    memories: dict[int, Memory] = field(default_factory=dict)
+    generators: dict[int, torch.Generator] = field(default_factory=dict)
+    gradients: int = 0
+    budget: Budget | None = None
 
-    def weights(self, sigma: Tensor, frame: Tensor | None = None, frames: int = 1) -> Tensor:
+    def __post_init__(self) -> None:
+        wanted = [term.budget for term in self.terms if term.budget is not None]
+        if wanted and self.budget is None:
+            self.budget = Budget(min(wanted))
+
+    def crops(self, k: int, batch: Batch) -> Sequence[Crop | None]:
+        """By which crops term k looks this time: one that is none, or as many as it wants."""
+        augment = self.terms[k].augment
+        if augment is None:
+            return [None]
+        generator = self.generators.setdefault(k, torch.Generator().manual_seed(REFERENCE_SEED))
+        size = batch.x_t.shape[-2:]
+        return augment.crops(self.view_of(self.terms[k].encoder).size(size[0], size[1]), generator)
+
+    def memory(self, k: int) -> Memory:
+        """What term k keeps between model calls."""
+        return self.memories.setdefault(k, Memory())
+
+    def every(self, k: int) -> int:
+        """At every how many noise levels the gradient of term k is taken."""
+        term = self.terms[k]
+        return term.every if term.budget is None or self.budget is None else max(term.every, self.budget.every)
+
+    def weights(self, sigma: Tensor, frame: Tensor | None = None, frames: int = 1, curved: bool = True) -> Tensor:
         """Scale of every term at sigma (B,): (K, B), 0 outside its interval and where x_t holds no signal.
 
-        ``frame`` (B,) counts 0..frames - 1 where the samples are frames of videos.
+        ``frame`` (B,) counts 0..frames - 1 where the samples are frames of videos. ``curved``: times the terms' curves.
         """
         sigma = precise(sigma)
         alpha = self.convention.alpha(sigma)
@@ -66,7 +200,50 @@ class GuidanceRun:
             if term.frames is not None and frame is not None:
                 chosen = torch.tensor([f % frames for f in check_frames(term.frames, frames)], device=frame.device)
                 row.mul_(torch.isin(frame, chosen))
+            for curve in term.curves if curved else ():
+                row.mul_(curve(self.percent(sigma)))
         return weights
+
+    def percent(self, sigma: Tensor) -> Tensor:
+        """The part of the run (B,) where the noise is sigma (B,): the inverse of ``percent_to_sigma``, by bisection."""
+        found = torch.zeros_like(sigma)
+        for level in torch.unique(sigma):
+            low, high = 0.0, 1.0
+            for _ in range(BISECTIONS):
+                middle = (low + high) / 2
+                low, high = (middle, high) if self.percent_to_sigma(middle) > level else (low, middle)
+            found[sigma == level] = round(low, 7)
+        return found
+
+    def only(self, k: int, wanted: Tensor) -> Tensor:
+        """Weights (K, B) of 1 for term k where ``wanted`` (B,), 0 for all others."""
+        weights = torch.zeros(len(self.terms), len(wanted), device=wanted.device)
+        weights[k] = wanted.to(weights)
+        return weights
+
+    def room(self, batch: Batch, weights: Tensor) -> Tensor | None:
+        """What part (B,) of the shift's bound masks m_k leave: it holds where they let terms act.
+
+        sqrt(mean(max_k m_k)) over the terms with a weight here. None is all of it.
+        """
+        size = batch.x_t.shape[-2:]
+        masks = [batch.mask(term, (size[0], size[1])) for term in self.terms]
+        if all(mask is None for mask in masks):
+            return None
+        whole = torch.ones_like(batch.x_t[:, :1])
+        acts = [(whole if m is None else m) * expand(w != 0, whole) for m, w in zip(masks, weights, strict=True)]
+        return torch.stack(acts).amax(dim=0).flatten(1).mean(dim=1).sqrt()
+
+    def fullness(self, batch: Batch, weights: Tensor) -> Tensor | None:
+        """What part (B,) of relative strength curves c_k leave to weights w_k: sum_k |w_k c_k| / sum_k |w_k|.
+
+        Relative strength sets the shift's size whatever the weights are. None is all of it.
+        """
+        free = [k for k, term in enumerate(self.terms) if not term.aims]
+        if self.strength.mode == "absolute" or not any(self.terms[k].curves for k in free):
+            return None
+        full = self.weights(batch.sigma, batch.frame, batch.frames, curved=False)[free].abs().sum(dim=0)
+        return weights[free].abs().sum(dim=0) / torch.where(full > 0, full, torch.ones_like(full))
 
     def active(self, weights: Tensor, batch: Batch) -> list[tuple[Encoder, list[int], Tensor]]:
         """What to do for weights (K, B): (encoder, numbers of its terms, samples (b,)), one pass each.

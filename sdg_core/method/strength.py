@@ -49,10 +49,11 @@ class Bounded(NamedTuple):
     capped: Tensor
 
 
-def bounded(shift: Tensor, step: Tensor, strength: Strength) -> Bounded:
+def bounded(shift: Tensor, step: Tensor, strength: Strength, *parts: Tensor | None) -> Bounded:
     """The shift (B, ...) with its RMS bounded by (or, relative, set to) cap * step (B,), per sample; never non-finite.
 
-    shift' = shift * min(1, cap * step / rms(shift)), and without the minimum for relative strength.
+    shift' = shift * min(1, cap * step / rms(shift)), and without the minimum for relative strength. ``parts`` (B,)
+    multiply the bound.
     """
     size = rms(shift)
     broken = ~torch.isfinite(size)
@@ -63,7 +64,10 @@ def bounded(shift: Tensor, step: Tensor, strength: Strength) -> Bounded:
     tiny = torch.finfo(torch.float32).tiny
     factor, capped = torch.ones_like(size), torch.zeros_like(broken)
     if strength.cap is not None:
-        allowed = strength.cap * step / size.clamp(min=tiny)
+        bound = strength.cap * step
+        for part in parts:
+            bound = bound if part is None else bound * part
+        allowed = bound / size.clamp(min=tiny)
         factor = allowed if strength.mode == "relative" else allowed.clamp(max=1)
         factor = torch.where(size > 0, factor, torch.zeros_like(factor))
         capped = (allowed < 1) & (strength.mode == "absolute")

@@ -7,6 +7,7 @@ from sdg_core import (
     CleanCLIP,
     ContentGuidance,
     DecodedView,
+    DirectionGuidance,
     GuidanceRun,
     LinearView,
     NoisyCLIP,
@@ -29,9 +30,13 @@ def noisy_encoders(noisy: NoisyCLIP) -> NoisyEncoder:
 
 
 def guidances(
-    text: TextGuidance, content: ContentGuidance, structure: StructureGuidance, style: StyleGuidance
-) -> tuple[Guidance, Guidance, Guidance, Guidance]:
-    return text, content, structure, style
+    text: TextGuidance,
+    content: ContentGuidance,
+    structure: StructureGuidance,
+    style: StyleGuidance,
+    direction: DirectionGuidance,
+) -> tuple[Guidance, Guidance, Guidance, Guidance, Guidance]:
+    return text, content, structure, style, direction
 
 
 def views(pixels: PixelView, linear: LinearView, decoded: DecodedView) -> tuple[View, View, View]:

@@ -27,6 +27,13 @@ SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     "SDGStructureGuidance": ([("noisy_clip", "NOISY_CLIP"), ("image", "IMAGE")], [("GUIDANCE", "SDG_GUIDANCE")]),
     "SDGStyleGuidance": ([("noisy_clip", "NOISY_CLIP"), ("image", "IMAGE")], [("GUIDANCE", "SDG_GUIDANCE")]),
     "SDGCombineGuidance": ([(f"guidance_{i}", "SDG_GUIDANCE") for i in (1, 2, 3, 4)], [("GUIDANCE", "SDG_GUIDANCE")]),
+    "SDGGuidanceSchedule": ([("guidance", "SDG_GUIDANCE")], [("GUIDANCE", "SDG_GUIDANCE")]),
+    "SDGGuidanceMask": (
+        [("guidance", "SDG_GUIDANCE"), ("mask", "MASK"), ("reference_mask", "MASK")], [("GUIDANCE", "SDG_GUIDANCE")],
+    ),
+    "SDGGuidanceTarget": ([("guidance", "SDG_GUIDANCE")], [("GUIDANCE", "SDG_GUIDANCE")]),
+    "SDGGuidanceAway": ([("guidance", "SDG_GUIDANCE")], [("GUIDANCE", "SDG_GUIDANCE")]),
+    "SolidMask": ([], [("MASK", "MASK")]),
     "SDGGuidedKSampler": (
         [
             ("model", "MODEL"), ("latent_image", "LATENT"), ("guidance", "SDG_GUIDANCE"),
@@ -52,6 +59,8 @@ SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
 }  # fmt: skip
 SIZES = {
     "SDGTextGuidance": (340, 230), "SDGContentGuidance": (340, 150), "SDGStructureGuidance": (340, 180),
+    "SDGGuidanceSchedule": (340, 160), "SDGGuidanceMask": (340, 130), "SDGGuidanceTarget": (340, 100),
+    "SDGGuidanceAway": (340, 100),
     "SDGStyleGuidance": (340, 210), "SDGCombineGuidance": (340, 220), "SDGGuidedKSampler": (320, 360),
     "VAEDecode": (300, 60), "ImageScale": (300, 140), "PreviewImage": (300, 300), "SaveImage": (560, 640),
     "Note": (340, 190), "SDGFinetuneNoisyCLIP": (360, 620), "SDGSaveNoisyCLIP": (300, 200),
@@ -314,7 +323,35 @@ def finetune_example() -> None:
     graph.save("finetune")
 
 
+def controls_example() -> None:
+    graph = Graph()
+    note = (
+        "Controls take a guidance and give it back with one thing changed.\n\nSchedule: the layout of the reference "
+        "counts early, and less and less. Away: no glasses, and no push once there are none. Combine with conflicts on "
+        "project: neither undoes the other.\n\nOthers: Mask, Target, References, Augment, Budget."
+    )
+    m = models(graph, note)
+    image = reference(graph, m, 0, "a person with glasses and blue background", 3, "1. A reference")
+    structure = graph.add(
+        "SDGStructureGuidance", "Structure Guidance (SDG)", (-800, 800), [*settings("structure", STRUCTURE_LAYERS)],
+        noisy_clip=m.clip, image=image,
+    )  # fmt: skip
+    early = graph.add(
+        "SDGGuidanceSchedule", "Guidance Schedule (SDG)", (-400, 800), ["ease out", "0:1, 0.7:0", 1], guidance=structure
+    )
+    words = text(graph, m, (-800, 1060), "a person with glasses")
+    away = graph.add("SDGGuidanceAway", "Guidance Away (SDG)", (-400, 1060), [0.0], guidance=words)
+    both = graph.add(
+        "SDGCombineGuidance", "Combine Guidance (SDG)", (400, 800), [1.0, 1.0, 1.0, 1.0, "project", 0.0],
+        guidance_1=early, guidance_2=away,
+    )  # fmt: skip
+    graph.group("2. Guidances and their controls", -820, 720, 1180, 640)
+    result(graph, m, 800, both, 0, "controls", "3. Its layout, without the glasses")
+    graph.save("controls")
+
+
 if __name__ == "__main__":
+    controls_example()
     finetune_example()
     latent_text_example()
     text_example()

@@ -10,6 +10,7 @@ import shutil
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,17 @@ FOR_DOWNLOADS = [name for name, workflow in EXAMPLES.items() if tools.needs_down
 BUNDLED = [name for name in EXAMPLES if name not in FOR_DOWNLOADS]
 LATENT = ["latent_text"]
 TRAINING = ["finetune"]
+CONTROLS = {
+    "SDGGuidanceSchedule": lambda term, values: replace(term, curves=(curve_of(values),), every=values["every"]),
+    "SDGGuidanceAway": lambda term, values: replace(
+        term, scale=-abs(term.scale), goal=guidance.Goal(values["until"], adapted=False)
+    ),
+}
+
+
+def curve_of(values: dict) -> guidance.Curve:
+    points = tuple(tuple(map(float, pair.split(":"))) for pair in values["points"].split(","))
+    return guidance.Curve(points, values["curve"])
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +121,11 @@ def evaluate(installed) -> Callable[[dict, str], Tensor]:
             return sample(values, prompt)
         if kind == "SDGCombineGuidance":
             used = [i for i in (1, 2, 3, 4) if f"guidance_{i}" in values]
-            return guidance.combine([(go(prompt, values[f"guidance_{i}"][0]), values[f"weight_{i}"]) for i in used])
+            parts = [(go(prompt, values[f"guidance_{i}"][0]), values[f"weight_{i}"]) for i in used]
+            blend = guidance.Blend(values.get("balance", 0.0), values.get("conflicts") == "project")
+            return guidance.combine(parts, blend if blend.balance or blend.project else None)
+        if kind in CONTROLS:
+            return tuple(CONTROLS[kind](term, values) for term in go(prompt, values["guidance"][0]))
         if kind in ("VAEDecode", "ImageScale", "SaveImage"):
             return go(prompt, next(values[name] for name in ("samples", "image", "images") if name in values)[0])
         return term(kind, values, prompt)

@@ -16,7 +16,10 @@ IDS = {
     "SDGLoadNoisyCLIP", "SDGLoadADM", "SDGEmptyPixelLatent", "SDGTextGuidance", "SDGContentGuidance",
     "SDGStructureGuidance", "SDGStyleGuidance", "SDGCombineGuidance", "SDGGuidedKSampler", "SDGApplyGuidance",
     "SDGPaperSampler", "SDGLoadCLIP", "SDGEncoderCrossfade", "SDGLoadAutoencoder", "SDGGuidanceFrames",
-    "SDGFinetuneNoisyCLIP", "SDGSaveNoisyCLIP",
+    "SDGFinetuneNoisyCLIP", "SDGSaveNoisyCLIP", "SDGGuidanceSchedule",
+    "SDGGuidanceMask",
+    "SDGGuidanceTarget", "SDGGuidanceAway", "SDGDirectionGuidance", "SDGGuidanceReferences",
+    "SDGGuidanceAugment", "SDGGuidanceBudget",
 }  # fmt: skip
 
 
