@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .classifier import SDGClassifierGuidance, SDGLoadClassifier
 from .finetune import SDGFinetuneNoisyCLIP, SDGSaveNoisyCLIP
 from .guidance import (
     SDGCombineGuidance,
@@ -42,6 +43,8 @@ NODES: list[type[io.ComfyNode]] = [
     SDGPaperSampler,
     SDGFinetuneNoisyCLIP,
     SDGSaveNoisyCLIP,
+    SDGLoadClassifier,
+    SDGClassifierGuidance,
 ]
 
 

@@ -22,6 +22,7 @@ KINDS = {
     "judge": "an attribute judge",
     "clip": "a CLIP",
     "autoencoder": "an autoencoder",
+    "classifier": "a noisy classifier",
 }
 
 

@@ -16,6 +16,7 @@ from .encoders import (
     encoder_parts,
     load_encoder,
     single_encoder,
+    to_classifier,
     to_guidance,
 )
 from .files import (
@@ -67,6 +68,7 @@ __all__ = [
     "single_encoder",
     "to_conditioning",
     "to_guidance",
+    "to_classifier",
     "to_latent",
     "to_model",
     "to_vae",

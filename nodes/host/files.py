@@ -14,11 +14,12 @@ FOLDERS = {
     "noisy_clip": {".safetensors", ".pt", ".pth"},
     "adm": {".safetensors", ".pt", ".pth"},
     "open_clip": {".safetensors", ".pt", ".pth", ".bin"},
+    "classifier": {".safetensors", ".pt", ".pth"},
 }
 
 
 def register_folders() -> None:
-    """Makes models/noisy_clip and models/adm known, beside what extra_model_paths.yaml says.
+    """Makes models/noisy_clip, models/adm and models/classifier known, beside what extra_model_paths.yaml says.
 
     ``add_model_folder_path`` would do, but it gives a new folder no list of extensions, and then every file is listed.
     """
@@ -30,15 +31,17 @@ def register_folders() -> None:
 
 def bundled_files(folder: str) -> dict[str, Path]:
     """Names and files of the models of a kind that come with the pack. Those of the latent test world are in the
-    repository, not in the registry's package, so only what is there is offered."""
+    repository, not in the registry's package, and a classifier may be trained: only what is there is offered."""
     world = {
         "avatars latent": "latent/noisy_clip",
         **{f"avatars latent {k}": f"latent/{k}" for k in ("eps", "v", "flow")},
     }
     names = {"adm": ["avatars latent eps", "avatars latent v", "avatars latent flow"], "noisy_clip": ["avatars latent"]}
     files = {f"{name} (bundled)": BUNDLED / f"{world[name]}.safetensors" for name in names.get(folder, [])}
-    first = {"open_clip": "clip"}.get(folder, folder)
-    return {BUNDLED_NAME: BUNDLED / f"{first}.safetensors", **{n: path for n, path in files.items() if path.is_file()}}
+    file = {"open_clip": "clip"}.get(folder, folder)
+    first = BUNDLED / f"{file}.safetensors"
+    always = {BUNDLED_NAME: first} if folder != "classifier" or first.is_file() else {}
+    return {**always, **{n: path for n, path in files.items() if path.is_file()}}
 
 
 def model_names(folder: str) -> list[str]:

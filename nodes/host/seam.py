@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...sdg_core.encoders import CleanCLIP
 from ...sdg_core.method import DecodedView, GuidanceRun, Strength, Term, added, guidance_shift
+from ...sdg_core.models import Classifier
 from .encoders import HostGuidance
 from .memory import activation_bytes, decoder_bytes, explained, make_resident
 from .scaling import scaling_of
@@ -117,7 +118,7 @@ def _catch_uncond(guider_options: dict, model_options: dict) -> tuple[dict, list
 
 def _memory_reserver(sights: Sights) -> Callable:
     """The host plans memory by the batch it is told of, so it is told of a larger one."""
-    encoders = [p.model for p in sights.patchers if isinstance(p.model, CleanCLIP)]
+    encoders = [p.model for p in sights.patchers if isinstance(p.model, CleanCLIP | Classifier)]
     for_encoders = sum(map(activation_bytes, encoders))
     decoded = {id(v.modules[0]): v for v in sights.views.values() if isinstance(v, DecodedView)}.values()
 

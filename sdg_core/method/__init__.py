@@ -1,11 +1,12 @@
 """The method: what a noisy picture is, what guidance reads in it, and the correction of a step. The paper's formulas.
 
 Read in this order: ``schedule`` (x_t = alpha x_0 + sigma eps), ``views`` (what an encoder looks at), ``features``
-(what it gives), ``guidance`` (the scores F), ``gradient`` (grad F), ``strength`` (how large a shift), ``run`` and
-``references`` (what a run remembers), ``guide`` (denoised + sigma^2 / alpha grad F). It knows encoders by their
-contract only, and no host.
+(what it gives), ``guidance`` and ``classes`` (the scores F), ``gradient`` (grad F), ``strength`` (how large a shift),
+``run`` and ``references`` (what a run remembers), ``guide`` (denoised + sigma^2 / alpha grad F). It knows
+encoders by their contract only, and no host.
 """
 
+from .classes import ClassGuidance
 from .features import Encoder, Features, NoisyEncoder, embedding, gram, squared_distance, squared_size, unit
 from .gradient import Sight, Target, as_normal, gradient_scope, score_gradient
 from .guidance import (
@@ -29,7 +30,7 @@ from .references import REFERENCE_SEED, Batch
 from .run import GuidanceRun, StepTrace
 from .schedule import Convention, TimestepTable, betas, expand, timestep_embedding
 from .strength import Strength, rms
-from .views import PIXEL_VIEW, DecodedView, LatentFormat, LinearView, PixelView, View
+from .views import PIXEL_VIEW, DecodedView, LatentFormat, LinearView, PixelView, View, averaging_gain, resize
 
 __all__ = [
     "DEFAULT_INTERVAL",
@@ -37,6 +38,7 @@ __all__ = [
     "PIXEL_VIEW",
     "REFERENCE_SEED",
     "Batch",
+    "ClassGuidance",
     "ContentGuidance",
     "Convention",
     "DecodedView",
@@ -62,6 +64,7 @@ __all__ = [
     "View",
     "added",
     "as_normal",
+    "averaging_gain",
     "betas",
     "check_layers",
     "combine",
@@ -75,6 +78,7 @@ __all__ = [
     "guidance_shift",
     "guide",
     "precise",
+    "resize",
     "rms",
     "score_gradient",
     "squared_distance",

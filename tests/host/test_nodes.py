@@ -16,7 +16,7 @@ IDS = {
     "SDGLoadNoisyCLIP", "SDGLoadADM", "SDGEmptyPixelLatent", "SDGTextGuidance", "SDGContentGuidance",
     "SDGStructureGuidance", "SDGStyleGuidance", "SDGCombineGuidance", "SDGGuidedKSampler", "SDGApplyGuidance",
     "SDGPaperSampler", "SDGLoadCLIP", "SDGEncoderCrossfade", "SDGLoadAutoencoder", "SDGGuidanceFrames",
-    "SDGFinetuneNoisyCLIP", "SDGSaveNoisyCLIP",
+    "SDGFinetuneNoisyCLIP", "SDGSaveNoisyCLIP", "SDGLoadClassifier", "SDGClassifierGuidance",
 }  # fmt: skip
 
 
