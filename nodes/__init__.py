@@ -15,6 +15,7 @@ from .guidance import (
     SDGTextGuidance,
 )
 from .host import register_folders
+from .ilvr import SDGILVRReference
 from .loaders import (
     SDGEmptyPixelLatent,
     SDGEncoderCrossfade,
@@ -45,6 +46,7 @@ NODES: list[type[io.ComfyNode]] = [
     SDGSaveNoisyCLIP,
     SDGLoadClassifier,
     SDGClassifierGuidance,
+    SDGILVRReference,
 ]
 
 

@@ -2,8 +2,9 @@
 
 Read in this order: ``schedule`` (x_t = alpha x_0 + sigma eps), ``views`` (what an encoder looks at), ``features``
 (what it gives), ``guidance`` and ``classes`` (the scores F), ``gradient`` (grad F), ``strength`` (how large a shift),
-``run`` and ``references`` (what a run remembers), ``guide`` (denoised + sigma^2 / alpha grad F). It knows
-encoders by their contract only, and no host.
+``run`` and ``references`` (what a run remembers), ``guide`` (denoised + sigma^2 / alpha grad F). Beside it stands
+``ilvr`` (the low frequencies of a reference, without a gradient). It knows encoders by their contract only, and no
+host.
 """
 
 from .classes import ClassGuidance
@@ -25,6 +26,7 @@ from .guidance import (
     fit,
 )
 from .guide import encoder_noise, guidance_gradient, guidance_shift, guide
+from .ilvr import LowFrequencies, check_range, low_pass
 from .precision import added, precise
 from .references import REFERENCE_SEED, Batch
 from .run import GuidanceRun, StepTrace
@@ -50,6 +52,7 @@ __all__ = [
     "Kind",
     "LatentFormat",
     "LinearView",
+    "LowFrequencies",
     "NoisyEncoder",
     "PixelView",
     "Sight",
@@ -67,6 +70,7 @@ __all__ = [
     "averaging_gain",
     "betas",
     "check_layers",
+    "check_range",
     "combine",
     "embedding",
     "encoder_noise",
@@ -77,6 +81,7 @@ __all__ = [
     "guidance_gradient",
     "guidance_shift",
     "guide",
+    "low_pass",
     "precise",
     "resize",
     "rms",

@@ -8,7 +8,7 @@ from .adm import ADMConfig, ADMUNet
 from .classifier import Classifier, ClassifierConfig
 from .denoiser import ADMDenoiser, Prediction, initial, normal_sigmas, percent_to_sigma
 from .files import latent_encoder, load_adm, load_classifier, load_tiny_autoencoder, load_tiny_encoder, read_adm
-from .samplers import Step, euler, euler_ancestral, euler_ancestral_flow, guided, noise_like, paper, posterior
+from .samplers import Step, euler, euler_ancestral, euler_ancestral_flow, guided, held, noise_like, paper, posterior
 from .tiny_autoencoder import TinyAutoencoder, encoder_from_state, tiny_decoder, tiny_encoder
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "euler_ancestral",
     "euler_ancestral_flow",
     "guided",
+    "held",
     "initial",
     "latent_encoder",
     "load_adm",

@@ -17,6 +17,7 @@ IDS = {
     "SDGStructureGuidance", "SDGStyleGuidance", "SDGCombineGuidance", "SDGGuidedKSampler", "SDGApplyGuidance",
     "SDGPaperSampler", "SDGLoadCLIP", "SDGEncoderCrossfade", "SDGLoadAutoencoder", "SDGGuidanceFrames",
     "SDGFinetuneNoisyCLIP", "SDGSaveNoisyCLIP", "SDGLoadClassifier", "SDGClassifierGuidance",
+    "SDGILVRReference",
 }  # fmt: skip
 
 

@@ -1,12 +1,14 @@
-"""The systems that the paper compares with, through the host: classifier guidance."""
+"""The systems that the paper compares with, through the host: classifier guidance, and ILVR."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 BLANK = [[None, {}]]
 WHOLE = {"start_percent": 0.0, "end_percent": 1.0}
+FACTOR = 4
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +115,93 @@ def test_what_a_classifier_cannot_do_is_explained(run, sample, latent_adm, class
 def test_a_diffusion_model_is_no_classifier(run, models_folder):
     (models_folder / "classifier/adm.safetensors").write_bytes((models_folder / "adm/random.safetensors").read_bytes())
     wrong(run, "ADM diffusion model; wanted a noisy classifier", "SDGLoadClassifier", classifier_name="adm.safetensors")
+
+
+# ILVR
+
+
+def held(run, model, image, factor=FACTOR, vae=None, **interval):
+    return run("SDGILVRReference", model=model, image=image, down_factor=factor, vae=vae, **(WHOLE | interval))
+
+
+def low(picture):
+    return F.avg_pool2d(picture, FACTOR)
+
+
+def apart(picture, wanted):
+    return float((low(picture) - low(wanted)).abs().max())
+
+
+@pytest.fixture(scope="module")
+def wanted(pack, image):
+    """The reference as the sampled pictures see it."""
+    return pack.method.fit(pack.inputs.to_references(image), 16, 16)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m", "heun", "euler_cfg_pp"])
+def test_finished_pictures_have_the_references_low_frequencies(run, sample, adm, image, wanted, sampler):
+    plain, picture = (sample(model, sampler_name=sampler) for model in (adm, held(run, adm, image)))
+    assert apart(picture, wanted) < 1e-4
+    assert apart(plain, wanted) > 0.05
+
+
+def test_guidance_moves_the_rest_in_either_order(run, sample, adm, image, wanted, noisy_clip):
+    text = run("SDGTextGuidance", noisy_clip=noisy_clip, text="a red hat", scale=150.0, **WHOLE)
+    first = sample(held(run, adm, image), text)
+    applied = run("SDGApplyGuidance", model=adm, guidance=text, strength="absolute", cap=1.0)
+    last = sample(held(run, applied, image))
+    assert apart(first, wanted) < 1e-4
+    assert torch.equal(first, last)
+    assert float((first - sample(held(run, adm, image))).abs().mean()) > 1e-4
+
+
+def test_outside_its_range_steps_are_the_models_own(run, comfy, adm, image):
+    """The first two of four steps are free: until there the run is the plain one, bit for bit."""
+    seen = {}
+
+    def watch(name, model):
+        def callback(step, denoised, x, total):
+            seen.setdefault(name, []).append((x.clone(), denoised.clone()))
+
+        latent = torch.zeros(1, 3, 16, 16)
+        with torch.inference_mode():
+            noise = comfy.sample.prepare_noise(latent, 7)
+            comfy.sample.sample(model, noise, 4, 1.0, "euler", "normal", BLANK, BLANK, latent, seed=7,
+                                callback=callback, disable_pbar=True)  # fmt: skip
+
+    watch("plain", adm)
+    watch("late", held(run, adm, image, start_percent=0.5))
+    watch("early", held(run, adm, image, end_percent=0.5))
+    same = {name: [torch.equal(a[1], b[1]) for a, b in zip(seen["plain"], seen[name], strict=True)] for name in seen}
+    assert same["late"][:2] == [True, True]
+    assert not same["late"][3]
+    assert not same["early"][0]
+
+
+@pytest.mark.parametrize("prediction", ["eps", "flow"])
+def test_latents_are_held_through_the_vae(run, sample, latent_adm, autoencoder, image, prediction):
+    model = latent_adm(prediction)
+    shape = (1, 4, 16, 16)
+    picture = sample(held(run, model, image, vae=autoencoder), latent=shape, scheduler="simple")
+    with torch.inference_mode():
+        resized = F.interpolate(image.movedim(-1, 1), (32, 38), mode="bicubic", antialias=True).clamp(0, 1)
+        wanted = autoencoder.encode(resized[..., 3:35].movedim(1, -1))
+    assert apart(picture, wanted) < 1e-3 * float(wanted.abs().max())
+    assert apart(sample(model, latent=shape, scheduler="simple"), wanted) > 0.05 * float(wanted.abs().max())
+
+
+def test_a_reference_for_each_picture_of_a_batch(run, sample, adm, pack):
+    images = torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(3))
+    assert apart(sample(held(run, adm, images)), pack.inputs.to_references(images)) < 1e-4
+    three = held(run, adm, torch.rand(3, 16, 16, 3))
+    with pytest.raises(ValueError, match="3 references for a batch of 2"):
+        sample(three)
+
+
+def test_impossible_references_are_explained(run, adm, latent_adm, image):
+    wrong(run, "no VAE is connected", "SDGILVRReference", model=latent_adm("eps"), image=image, down_factor=4, **WHOLE)
+    wrong(run, "wanted 1 or more", "SDGILVRReference", model=adm, image=image, down_factor=0, **WHOLE)
+    wrong(run, "start below end", "SDGILVRReference", model=adm, image=image, down_factor=4, start_percent=0.6,
+          end_percent=0.6)  # fmt: skip
+    wrong(run, "wanted a MODEL", "SDGILVRReference", model=image, image=image, down_factor=4, **WHOLE)
+    wrong(run, "alpha channel", "SDGILVRReference", model=adm, image=torch.rand(1, 8, 8, 4), down_factor=4, **WHOLE)
