@@ -33,6 +33,10 @@ class CleanCLIP(nn.Module):
     """
 
     reads: Literal["noisy", "denoised"] = "denoised"
+    without_text = (
+        "This CLIP has no text tower, so it cannot guide by text. Connect Load CLIP to text_from of Load Noisy CLIP "
+        "(published checkpoints: RN50x16, openai), or use content, structure or style guidance."
+    )
 
     def __init__(
         self,
@@ -89,10 +93,7 @@ class CleanCLIP(nn.Module):
     def encode_text(self, prompts: list[str]) -> Tensor:
         """Normalised text embeddings (N, D). Raises ValueError where the checkpoint came without its text tower."""
         if self.text is None:
-            raise ValueError(
-                "This CLIP has no text tower, so it cannot guide by text. Connect Load CLIP to text_from of Load Noisy "
-                "CLIP (published checkpoints: RN50x16, openai), or use content, structure or style guidance."
-            )
+            raise ValueError(self.without_text)
         tokenizer = self.tokenizer or _standard_tokenizer(self.text.context_length)
         device = next(self.text.parameters()).device
         return precise(self.text.encode_text(tokenizer(prompts).to(device), normalize=True))

@@ -8,7 +8,7 @@ host.
 """
 
 from .classes import ClassGuidance
-from .features import Encoder, Features, NoisyEncoder, embedding, gram, squared_distance, squared_size, unit
+from .features import Encoder, Features, NoisyEncoder, embedding, gram, joined, squared_distance, squared_size, unit
 from .gradient import Sight, Target, as_normal, gradient_scope, score_gradient
 from .guidance import (
     DEFAULT_INTERVAL,
@@ -81,6 +81,7 @@ __all__ = [
     "guidance_gradient",
     "guidance_shift",
     "guide",
+    "joined",
     "low_pass",
     "precise",
     "resize",

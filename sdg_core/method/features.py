@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeGuard
 
@@ -31,6 +32,13 @@ class Features:
     def take(self, rows: Tensor | slice) -> Features:
         """The features of some samples."""
         return Features(tuple(m[rows] for m in self.maps), None if self.embed is None else self.embed[rows])
+
+
+def joined(parts: Sequence[Features]) -> Features:
+    """The features of samples that were looked at one after the other."""
+    embeds = [part.embed for part in parts if part.embed is not None]
+    maps = tuple(torch.cat(layer) for layer in zip(*(part.maps for part in parts), strict=True))
+    return Features(maps, torch.cat(embeds) if embeds else None)
 
 
 class Encoder(Protocol):

@@ -205,3 +205,39 @@ def test_impossible_references_are_explained(run, adm, latent_adm, image):
           end_percent=0.6)  # fmt: skip
     wrong(run, "wanted a MODEL", "SDGILVRReference", model=image, image=image, down_factor=4, **WHOLE)
     wrong(run, "alpha channel", "SDGILVRReference", model=adm, image=torch.rand(1, 8, 8, 4), down_factor=4, **WHOLE)
+
+
+# GLIDE's noised CLIP
+
+
+def test_glides_two_halves_guide_by_text_and_one_says_what_is_missing(run, sample, adm, models_folder):
+    """A small one of the published layout, written by the names of a NoisyCLIP with token conditioning."""
+    folder = models_folder / "noisy_clip"
+    generator = torch.Generator().manual_seed(0)
+    for name, shapes in (("clip_image_enc.pt", glide_shapes(True)), ("clip_text_enc.pt", glide_shapes(False))):
+        state = {k: torch.randn(v, generator=generator) * (0.1 if len(v) > 1 else 1.0) for k, v in shapes.items()}
+        torch.save(state, folder / name)
+    encoder = run("SDGLoadNoisyCLIP", noisy_clip_name="clip_image_enc.pt")
+    text = run("SDGTextGuidance", noisy_clip=encoder, text="a red hat", scale=1.0, **WHOLE)
+    moved = sample(adm, text, strength="relative") - sample(adm)
+    assert float(moved.abs().mean()) > 0.01
+    (folder / "clip_text_enc.pt").unlink()
+    alone = run("SDGLoadNoisyCLIP", noisy_clip_name="clip_image_enc.pt")
+    wrong(run, "text half beside", "SDGTextGuidance", noisy_clip=alone, text="a", scale=1.0, **WHOLE)
+    (folder / "clip_image_enc.pt").unlink()
+
+
+def glide_shapes(image: bool) -> dict[str, tuple[int, ...]]:
+    """One block of 64 channels."""
+    w = 64
+    shapes = {"blocks.input.w_voc": (49408, w), "blocks.input.w_pos": (77, w)}
+    if image:
+        shapes = {"blocks.input.w_t": (1000, w), "blocks.input.w_pos": (17, w), "blocks.input.patch_proj": (w, 3, 4, 4)}
+        shapes |= {"blocks.input.ln.g": (w,), "blocks.input.ln.b": (w,)}
+    for name in ("blocks.block_0.f_attn.ln", "blocks.block_0.f_mlp.ln", "blocks.output.ln"):
+        shapes |= {f"{name}.g": (w,), f"{name}.b": (w,)}
+    shapes |= {f"blocks.block_0.f_attn.f_{part}.w": (w, w) for part in "qkvc"}
+    shapes |= {f"blocks.block_0.f_attn.f_{part}.b": (w,) for part in "qvc"}
+    shapes |= {"blocks.block_0.f_mlp.f_1.w": (4 * w, w), "blocks.block_0.f_mlp.f_1.b": (4 * w,)}
+    shapes |= {"blocks.block_0.f_mlp.f_2.w": (w, 4 * w), "blocks.block_0.f_mlp.f_2.b": (w,)}
+    return shapes | {"blocks.output.f.w": (32, w)}
