@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .classifier import SDGClassifierGuidance, SDGLoadClassifier
 from .controls import (
     SDGGuidanceAugment,
     SDGGuidanceAway,
@@ -24,6 +25,7 @@ from .guidance import (
     SDGTextGuidance,
 )
 from .host import register_folders
+from .ilvr import SDGILVRReference
 from .loaders import (
     SDGEmptyPixelLatent,
     SDGEncoderCrossfade,
@@ -60,6 +62,9 @@ NODES: list[type[io.ComfyNode]] = [
     SDGPaperSampler,
     SDGFinetuneNoisyCLIP,
     SDGSaveNoisyCLIP,
+    SDGLoadClassifier,
+    SDGClassifierGuidance,
+    SDGILVRReference,
 ]
 
 

@@ -14,6 +14,9 @@ STRUCTURE_INTERVAL = DEFAULT_INTERVAL["structure"]
 STYLE_INTERVAL = DEFAULT_INTERVAL["style"]
 DIRECTION_INTERVAL = (0.0, 1.0)
 
+CLASS_SCALE = 10.0
+"""What guided-diffusion recommends for its unconditional 256 px model."""
+
 STRUCTURE_LAYERS = ",".join(map(str, StructureGuidance.layers))
 STYLE_LAYERS = ",".join(map(str, StyleGuidance.layers))
 STYLE_CENTRED = StyleGuidance.centred

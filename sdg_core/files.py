@@ -23,6 +23,7 @@ KINDS = {
     "clip": "a CLIP",
     "autoencoder": "an autoencoder",
     "held_out": "a judge's features of held-out renders",
+    "classifier": "a noisy classifier",
 }
 
 

@@ -2,8 +2,8 @@
 
 ``files`` and ``text`` (its folders, its words on nodes), ``encoders`` and ``sockets`` (what sockets carry),
 ``scaling``, ``views``, ``decoders`` and ``conditioning`` (its models in the terms of ``sdg_core``), ``memory`` (its
-model management), ``seam`` (where guidance enters a run), ``adm``, ``vae`` and ``paper`` (models and a sampler that it
-does not have).
+model management), ``seam`` and ``ilvr`` (where guidance and a reference's low frequencies enter a run), ``adm``,
+``vae`` and ``paper`` (models and a sampler that it does not have).
 """
 
 from .adm import load_adm_model
@@ -16,6 +16,7 @@ from .encoders import (
     encoder_parts,
     load_encoder,
     single_encoder,
+    to_classifier,
     to_guidance,
 )
 from .files import (
@@ -28,6 +29,7 @@ from .files import (
     model_path,
     register_folders,
 )
+from .ilvr import hold_low_frequencies
 from .memory import activation_bytes, check_free, explained, patch_module
 from .paper import paper_sampler
 from .seam import attach
@@ -55,6 +57,7 @@ __all__ = [
     "encoder_parts",
     "explained",
     "fingerprint",
+    "hold_low_frequencies",
     "host_vae",
     "latent_world_file",
     "linear_view",
@@ -67,6 +70,7 @@ __all__ = [
     "patch_module",
     "register_folders",
     "single_encoder",
+    "to_classifier",
     "to_conditioning",
     "to_guidance",
     "to_latent",

@@ -9,6 +9,7 @@ import comfy.model_patcher
 
 from ...sdg_core.encoders import CleanCLIP
 from ...sdg_core.method import Fade, Term
+from ...sdg_core.models import Classifier
 from ..inputs import shown
 from .memory import make_resident
 
@@ -44,6 +45,15 @@ def single_encoder(value: NoisyCLIPValue, name: str) -> comfy.model_patcher.Mode
     if not isinstance(value, comfy.model_patcher.ModelPatcher) or not isinstance(value.model, CleanCLIP):
         raise ValueError(
             f"The input {name} got {shown(value)}; wanted a NOISY_CLIP. Connect Load Noisy CLIP or Load CLIP (SDG)."
+        )
+    return value
+
+
+def to_classifier(value: object) -> comfy.model_patcher.ModelPatcher:
+    """The classifier of a socket. Raises ValueError for anything else."""
+    if not isinstance(value, comfy.model_patcher.ModelPatcher) or not isinstance(value.model, Classifier):
+        raise ValueError(
+            f"The input classifier got {shown(value)}; wanted an SDG_CLASSIFIER. Connect Load Classifier (SDG)."
         )
     return value
 

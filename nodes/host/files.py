@@ -14,11 +14,12 @@ FOLDERS = {
     "noisy_clip": {".safetensors", ".pt", ".pth"},
     "adm": {".safetensors", ".pt", ".pth"},
     "open_clip": {".safetensors", ".pt", ".pth", ".bin"},
+    "classifier": {".safetensors", ".pt", ".pth"},
 }
 
 
 def register_folders() -> None:
-    """Makes models/noisy_clip and models/adm known, beside what extra_model_paths.yaml says.
+    """Makes models/noisy_clip, models/adm and models/classifier known, beside what extra_model_paths.yaml says.
 
     ``add_model_folder_path`` would do, but it gives a new folder no list of extensions, and then every file is listed.
     """
@@ -31,16 +32,18 @@ def register_folders() -> None:
 def bundled_files(folder: str) -> dict[str, tuple[Path, str | None]]:
     """Names of the models of a kind that come with the pack, their files, and the face of an ADM (see ``read_adm``).
 
-    Those of the latent test world are in the repository, not in the registry's package, so only what is there is
-    offered.
+    Those of the latent test world are in the repository, not in the registry's package, and a classifier may be
+    trained: only what is there is offered.
     """
     latent = {
         "adm": {f"avatars latent {k} (bundled)": latent_model_file(k, BUNDLED) for k in ("eps", "v", "flow")},
         "noisy_clip": {"avatars latent (bundled)": (BUNDLED / "latent" / "noisy_clip.safetensors", None)},
     }
     there = {name: file for name, file in latent.get(folder, {}).items() if file[0].is_file()}
-    first = {"open_clip": "clip"}.get(folder, folder)
-    return {BUNDLED_NAME: (BUNDLED / f"{first}.safetensors", None), **there}
+    name = {"open_clip": "clip"}.get(folder, folder)
+    first = BUNDLED / f"{name}.safetensors"
+    always = {BUNDLED_NAME: (first, None)} if folder != "classifier" or first.is_file() else {}
+    return {**always, **there}
 
 
 def model_names(folder: str) -> list[str]:

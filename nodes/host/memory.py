@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...sdg_core.encoders import CleanCLIP
+from ...sdg_core.models import Classifier
 
 # CoreModelPatcher (ComfyUI 0.12 and newer) keeps plain torch modules fully resident under dynamic memory management.
 Patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
@@ -30,23 +31,23 @@ def make_resident(module: nn.Module, device: torch.device) -> None:
         module.to(device)
 
 
-def activation_bytes(clip: CleanCLIP) -> int:
+def activation_bytes(encoder: CleanCLIP | Classifier) -> int:
     """Memory that the gradient of one picture takes: every layer's float32 output, forward and backward.
 
     Counted in a pass on the meta device, which computes nothing.
     """
-    size, total = clip.image_size, 0
+    size, total, tower = encoder.image_size, 0, getattr(encoder, "tower", encoder)
 
     def count(layer: nn.Module, inputs: tuple, output: object) -> None:
         nonlocal total
         total += 4 * output.numel() if isinstance(output, Tensor) else 0
 
-    hooks = [layer.register_forward_hook(count) for layer in clip.tower.modules() if not list(layer.children())]
-    weights = {name: t.to("meta") for name, t in chain(clip.named_parameters(), clip.named_buffers())}
+    hooks = [layer.register_forward_hook(count) for layer in tower.modules() if not list(layer.children())]
+    weights = {name: t.to("meta") for name, t in chain(encoder.named_parameters(), encoder.named_buffers())}
     image, t = torch.empty(1, 3, size, size, device="meta"), torch.empty(1, device="meta")
     try:
         with torch.no_grad():
-            functional_call(clip, weights, (image, t, clip.full_depth))
+            functional_call(encoder, weights, (image, t, encoder.full_depth))
     finally:
         for hook in hooks:
             hook.remove()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...sdg_core.encoders import CleanCLIP
 from ...sdg_core.method import DecodedView, GuidanceRun, Strength, Term, added, guidance_shift
+from ...sdg_core.models import Classifier
 from .encoders import HostGuidance
 from .memory import activation_bytes, decoder_bytes, explained, make_resident
 from .scaling import scaling_of
@@ -26,13 +27,19 @@ def open_run(
     model: comfy.model_patcher.ModelPatcher, terms: tuple[Term, ...], strength: Strength, sights: Sights
 ) -> GuidanceRun:
     """The state of one sampling run of ``model``, with start and end in the model's own noise range."""
+    percents, variance = percent_to_sigma(model), data_variance(model)
+    return GuidanceRun(terms, scaling_of(model).convention, percents, strength, sights.view_of, variance)
+
+
+def percent_to_sigma(model: comfy.model_patcher.ModelPatcher) -> Callable[[float], float]:
+    """Fraction of the run -> sigma in the core's convention, as the model's own sampling counts it."""
     scaling, sampling = scaling_of(model), model.get_model_object("model_sampling")
 
-    def percent_to_sigma(percent: float) -> float:
+    def sigma_at(percent: float) -> float:
         sigma = torch.tensor(float(sampling.percent_to_sigma(percent)), dtype=torch.float64)
         return float(scaling.noise_scale * sigma / scaling.norm(sigma))
 
-    return GuidanceRun(terms, scaling.convention, percent_to_sigma, strength, sights.view_of, data_variance(model))
+    return sigma_at
 
 
 def attach(
@@ -80,7 +87,7 @@ def _corrector(runs: list[GuidanceRun], patchers: Sequence[comfy.model_patcher.M
         check_latent(guider.model_patcher, x)
         for patcher in patchers:  # the original patchers, kept by this closure: a clone's death would unload them
             make_resident(patcher.model, x.device)
-        model_options, caught = _catch_uncond(guider.model_options, model_options)
+        model_options, caught = catch_uncond(guider.model_options, model_options)
         denoised = executor(x, sigma, model_options, seed)
         with explained(f"the guidance of a batch of shape {tuple(x.shape)}"):
             shift = guidance_shift(denoised, *scaling_of(guider.model_patcher).core(x, sigma), run)
@@ -93,7 +100,7 @@ def _corrector(runs: list[GuidanceRun], patchers: Sequence[comfy.model_patcher.M
     return predict_noise
 
 
-def _catch_uncond(guider_options: dict, model_options: dict) -> tuple[dict, list[Tensor]]:
+def catch_uncond(guider_options: dict, model_options: dict) -> tuple[dict, list[Tensor]]:
     """The options for one model evaluation, and a list that holds the unconditional estimate, if a sampler reads it.
 
     CFG++ samplers step along x - uncond, which they keep through a post-CFG function of their own. Guidance must shift
@@ -117,7 +124,7 @@ def _catch_uncond(guider_options: dict, model_options: dict) -> tuple[dict, list
 
 def _memory_reserver(sights: Sights) -> Callable:
     """The host plans memory by the batch it is told of, so it is told of a larger one."""
-    encoders = [p.model for p in sights.patchers if isinstance(p.model, CleanCLIP)]
+    encoders = [p.model for p in sights.patchers if isinstance(p.model, CleanCLIP | Classifier)]
     for_encoders = sum(map(activation_bytes, encoders))
     decoded = {id(v.modules[0]): v for v in sights.views.values() if isinstance(v, DecodedView)}.values()
 

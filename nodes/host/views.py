@@ -10,6 +10,7 @@ import torch
 
 from ...sdg_core.encoders import CleanCLIP
 from ...sdg_core.method import PIXEL_VIEW, LinearView, View
+from ...sdg_core.models import Classifier
 from .decoders import format_name, has_factors, through_tiny_decoder, through_vae
 from .encoders import HostGuidance
 from .scaling import scaling_of
@@ -127,6 +128,11 @@ def _check_made_for(encoder: CleanCLIP, view: View) -> None:
             )
         wanted = torch.tensor(encoder.config.covariance)
         right = bool((wanted - view.covariance).norm() <= COVARIANCE_TOLERANCE * view.covariance.norm())
+    if not right and isinstance(encoder, Classifier):
+        raise ValueError(
+            f'This classifier reads the noisy pictures of pixel models, but this model is seen as "{view.name}". Use '
+            "it with a pixel model, from Load ADM (SDG), or guide by text with Load CLIP (SDG)."
+        )
     if not right:
         raise ValueError(
             f'This noisy CLIP was made for "{made_for}", but this model is seen as "{view.name}", with other noise. '

@@ -4,8 +4,9 @@
 and ``noisy_clip`` let it know the noise, ``open_clip_models`` and ``published`` say where weights come from.
 """
 
+from ..method import resize
 from . import open_clip_models
-from .clip import CleanCLIP, Unfilled, build_clip, resize
+from .clip import CleanCLIP, Unfilled, build_clip
 from .conditioning import TimeConditioning
 from .files import TOKEN_IDS, load_clip, load_noisy_clip, save_noisy_clip, write_retrieval
 from .noisy_clip import NoisyCLIP, NoisyCLIPConfig, from_clean, noisy, with_text

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..method import Features, precise
+from ..method import Features, averaging_gain, precise, resize
 from .towers import open_tower
 
 if TYPE_CHECKING:
@@ -35,6 +33,10 @@ class CleanCLIP(nn.Module):
     """
 
     reads: Literal["noisy", "denoised"] = "denoised"
+    without_text = (
+        "This CLIP has no text tower, so it cannot guide by text. Connect Load CLIP to text_from of Load Noisy CLIP "
+        "(published checkpoints: RN50x16, openai), or use content, structure or style guidance."
+    )
 
     def __init__(
         self,
@@ -86,31 +88,15 @@ class CleanCLIP(nn.Module):
         """What ``prepare`` does to white noise of a picture this size before the tower's own enlargement: a factor on
         its standard deviation. Averaging k x k pixels divides it by k; enlarging keeps it.
         """
-        return math.prod(min(1.0, self.noise_size / side) for side in (height, width)) ** 0.5
+        return averaging_gain(self.noise_size, height, width)
 
     def encode_text(self, prompts: list[str]) -> Tensor:
         """Normalised text embeddings (N, D). Raises ValueError where the checkpoint came without its text tower."""
         if self.text is None:
-            raise ValueError(
-                "This CLIP has no text tower, so it cannot guide by text. Connect Load CLIP to text_from of Load Noisy "
-                "CLIP (published checkpoints: RN50x16, openai), or use content, structure or style guidance."
-            )
+            raise ValueError(self.without_text)
         tokenizer = self.tokenizer or _standard_tokenizer(self.text.context_length)
         device = next(self.text.parameters()).device
         return precise(self.text.encode_text(tokenizer(prompts).to(device), normalize=True))
-
-
-def resize(image: Tensor, size: int) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, size, size): averaging areas down, bilinear up, unchanged where it fits."""
-    if image.shape[-2:] == (size, size):
-        return image
-    height, width = image.shape[-2:]
-    smaller = min(height, size), min(width, size)
-    if (height, width) != smaller:
-        image = F.adaptive_avg_pool2d(image, smaller)
-    return (
-        image if smaller == (size, size) else F.interpolate(image, (size, size), mode="bilinear", align_corners=False)
-    )
 
 
 class Unfilled(TorchFunctionMode):

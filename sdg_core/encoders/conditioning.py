@@ -1,4 +1,4 @@
-"""Time conditioning of an image tower: one scale and one shift per normalised channel, predicted from t.
+"""Time conditioning of an image tower: one scale and one shift per normalised channel, predicted from t; or its token.
 
 After each normalisation layer y becomes y * (1 + scale(t)) + shift(t). Where a whole batch shares t, this folds into
 the layer's own weight and bias, so a guided step pays for it once and not per image.
@@ -43,6 +43,25 @@ class TimeConditioning(nn.Module):
         numbers: Tensor = self.emb_layers(self.time_embed(sinusoids))
         parts = torch.split(numbers, [w for width in self.widths for w in (width, width)], dim=1)
         return list(zip(parts[0::2], parts[1::2], strict=True))
+
+
+class TokenConditioning(nn.Module):
+    """t -> the class token of a ViT, one for every timestep, as in GLIDE's noised CLIP; all are alike at start.
+
+    ``token`` (C,) is that of the clean tower.
+    """
+
+    def __init__(self, token: Tensor, timesteps: int = 1000) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(token.detach().repeat(timesteps, 1))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t (B,), fractions lie between their neighbours -> tokens (B, C)."""
+        last = len(self.tokens) - 1
+        t = t.clamp(0, last)
+        left = t.floor().long().clamp(max=last - 1)
+        part = (t - left).to(self.tokens.dtype)[:, None]
+        return torch.lerp(self.tokens[left], self.tokens[left + 1], part)
 
 
 def fold(norms: Sequence[tuple[str, Norm]], modulation: Modulation) -> dict[str, Tensor]:

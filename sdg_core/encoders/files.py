@@ -1,4 +1,4 @@
-"""Files of encoders: noisy CLIPs (ours, and the paper's authors'), and the small clean CLIP of our own kind of file."""
+"""Files of encoders: noisy CLIPs (ours, the paper's authors' and GLIDE's), and the small clean CLIP of our own kind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..files import PICKLES, fill, load, load_pickle, save, save_as_it_is
-from . import published
+from . import glide, published
 from .clip import CleanCLIP, Unfilled, build_clip
 from .noisy_clip import NoisyCLIP, NoisyCLIPConfig
 
@@ -56,11 +56,23 @@ def load_noisy_clip(path: Path) -> NoisyCLIP:
 
 
 def _load_published(path: Path) -> NoisyCLIP:
-    """One of the paper's own encoders, without a text tower."""
+    """One of the paper's own encoders, without a text tower; or GLIDE's, with it where its file is beside."""
     state = load_pickle(path)
+    if glide.is_glide(state):
+        return _load_glide(path, state)
     published.check_layout(state)
     model = _unfilled_noisy_clip(published.config(), has_text=False)
     fill(model, published.translate(state, model.state_dict()), path)
+    return model.requires_grad_(False).eval()
+
+
+def _load_glide(path: Path, image: Mapping[str, Tensor]) -> NoisyCLIP:
+    beside = glide.text_half(path)
+    text = load_pickle(beside) if beside != path and beside.is_file() else None
+    model = _unfilled_noisy_clip(glide.config(image, text), has_text=text is not None)
+    fill(model, glide.translate(image, text), path)
+    if text is None:
+        model.without_text = glide.no_text(path)
     return model.requires_grad_(False).eval()
 
 

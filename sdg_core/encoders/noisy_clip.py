@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..method import Features, TimestepTable
+from ..method import Features, TimestepTable, joined
 from .clip import CLIP_MEAN, CLIP_STD, CleanCLIP, Unfilled, tokenizer_of
-from .conditioning import Norm, TimeConditioning, fold, modulated
+from .conditioning import Norm, TimeConditioning, TokenConditioning, fold, modulated
+from .towers import ViTTower
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP, CustomTextCLIP
@@ -32,7 +34,8 @@ class NoisyCLIPConfig:
     what it reads: "pixels" or "linear:<latent format>"; ``covariance`` (3, 3) is that of unit noise between the colours
     of the view, None where they are independent. ``retrieval`` holds measurements: rows (t, retrieval@1 of noisy
     pictures, the same of the clean encoder on them, and where measured both's retrieval@5 and both's cosines).
-    ``notes``: base, data set, licence and the like.
+    ``notes``: base, data set, licence and the like. ``conditioning`` says where t enters: "norms" (the paper's), or
+    "token" (a ViT's class token, as in GLIDE; then ``hidden`` and ``sinusoid`` are not read).
     """
 
     clip: Mapping[str, Any]
@@ -46,6 +49,7 @@ class NoisyCLIPConfig:
     view: str = "pixels"
     covariance: tuple[tuple[float, ...], ...] | None = None
     retrieval: tuple[tuple[float, ...], ...] = ()
+    conditioning: str = "norms"
 
     def crossover(self) -> float:
         """The timestep below which the clean encoder retrieves better, by linear interpolation of ``retrieval``.
@@ -97,9 +101,7 @@ class NoisyCLIP(CleanCLIP):
             clip, config.image_size, config.noise_size, config.mean, config.std, has_text, tokenizer, config.clip
         )
         self.config = config
-        self.conditioning = TimeConditioning(
-            [_channels(layer) for _, layer in self.tower.norms()], config.hidden, config.sinusoid
-        )
+        self.conditioning = self._new_conditioning()
         self.table = TimestepTable.from_name(config.beta_schedule)
 
     @property
@@ -114,6 +116,8 @@ class NoisyCLIP(CleanCLIP):
         then folded into the norms) or (B,). depth: how many maps to compute; ``full_depth`` adds the embedding.
         """
         image = self.prepare(image)
+        if isinstance(self.conditioning, TokenConditioning):
+            return self._by_token(self.conditioning(t), image, depth)
         modulation = self.conditioning(t)
         norms = self.tower.norms()
         if len(t) == 1:
@@ -122,6 +126,27 @@ class NoisyCLIP(CleanCLIP):
         with modulated(norms, modulation):
             features = self.tower(image, depth)
         return features
+
+    def _new_conditioning(self) -> TimeConditioning | TokenConditioning:
+        """As at the start of a training. Raises ValueError for a kind that the tower can't have."""
+        if self.config.conditioning == "norms":
+            widths = [_channels(layer) for _, layer in self.tower.norms()]
+            return TimeConditioning(widths, self.config.hidden, self.config.sinusoid)
+        if self.config.conditioning != "token" or not isinstance(self.tower, ViTTower):
+            raise ValueError(
+                f'Got the conditioning "{self.config.conditioning}" of a {type(self.tower).__name__}; wanted "norms", '
+                'or "token" of a ViT. Use another file.'
+            )
+        return TokenConditioning(self.tower.visual.class_embedding)
+
+    def _by_token(self, tokens: Tensor, image: Tensor, depth: int) -> Features:
+        """One pass for a token (1, C) that all share, otherwise one for each sample: the tower knows one token."""
+        rows = torch.split(image, len(image) if len(tokens) == 1 else 1)
+        parts: list[Features] = [
+            functional_call(self.tower, {"visual.class_embedding": token}, (some, depth))
+            for token, some in zip(tokens, rows, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else joined(parts)
 
 
 def from_clean(clean: CleanCLIP, **settings: Any) -> NoisyCLIP:

@@ -60,10 +60,10 @@ def translate(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict
     with a few names as they are in the file, where tensors are missing, too many, or of other shapes.
     """
     names = {published_name(name): name for name in wanted}
-    problems = _problems(state, {theirs: wanted[ours].shape for theirs, ours in names.items()})
-    if problems:
+    found = problems(state, {theirs: wanted[ours].shape for theirs, ours in names.items()})
+    if found:
         raise ValueError(
-            f"This is not a whole published noisy CLIP (RN50x16, {IMAGE_SIZE} pixels). {' '.join(problems)} "
+            f"This is not a whole published noisy CLIP (RN50x16, {IMAGE_SIZE} pixels). {' '.join(found)} "
             "Download the file again, or choose another."
         )
     return {ours: _float32(state[theirs]) for theirs, ours in names.items()}
@@ -77,7 +77,7 @@ def published_name(name: str) -> str:
     raise AssertionError(f"{name} has no published name")
 
 
-def _problems(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+def problems(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """One sentence for each way in which a state dict differs from what was wanted."""
     misshapen = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"

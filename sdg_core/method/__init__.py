@@ -1,14 +1,16 @@
 """The method: what a noisy picture is, what guidance reads in it, and the correction of a step. The paper's formulas.
 
 Read in this order: ``schedule`` (x_t = alpha x_0 + sigma eps), ``views`` (what an encoder looks at), ``features``
-(what it gives), ``controls`` and ``blend`` (when and how a score counts), ``guidance`` (the scores F), ``gradient``
-(grad F), ``strength`` (how large a shift), ``run`` and ``references`` (what a run remembers), ``guide`` (denoised +
-sigma^2 / alpha grad F). It knows encoders by their contract only, and no host.
+(what it gives), ``controls`` and ``blend`` (when and how a score counts), ``guidance`` and ``classes`` (the scores F),
+``gradient`` (grad F), ``strength`` (how large a shift), ``run`` and ``references`` (what a run remembers), ``guide``
+(denoised + sigma^2 / alpha grad F). Beside it stands ``ilvr`` (the low frequencies of a reference, without a gradient).
+It knows encoders by their contract only, and no host.
 """
 
 from .blend import Blend
+from .classes import ClassGuidance
 from .controls import CHOICES, EASES, Augment, Choice, Crop, Curve, Ease, Goal, Region, Several, feathered
-from .features import Encoder, Features, NoisyEncoder, embedding, gram, squared_distance, squared_size, unit
+from .features import Encoder, Features, NoisyEncoder, embedding, gram, joined, squared_distance, squared_size, unit
 from .gradient import Sight, Target, as_normal, gradient_scope, score_gradient
 from .guidance import (
     DEFAULT_INTERVAL,
@@ -27,12 +29,13 @@ from .guidance import (
     fit,
 )
 from .guide import encoder_noise, guidance_gradient, guidance_shift, guide
+from .ilvr import LowFrequencies, check_range, low_pass
 from .precision import added, precise
 from .references import REFERENCE_SEED, Batch
 from .run import Budget, GuidanceRun, StepTrace
 from .schedule import Convention, TimestepTable, betas, expand, timestep_embedding
 from .strength import Strength, rms
-from .views import PIXEL_VIEW, DecodedView, LatentFormat, LinearView, PixelView, View
+from .views import PIXEL_VIEW, DecodedView, LatentFormat, LinearView, PixelView, View, averaging_gain, resize
 
 __all__ = [
     "CHOICES",
@@ -46,6 +49,7 @@ __all__ = [
     "Blend",
     "Budget",
     "Choice",
+    "ClassGuidance",
     "ContentGuidance",
     "Convention",
     "Crop",
@@ -62,6 +66,7 @@ __all__ = [
     "Kind",
     "LatentFormat",
     "LinearView",
+    "LowFrequencies",
     "NoisyEncoder",
     "PixelView",
     "Region",
@@ -78,8 +83,10 @@ __all__ = [
     "View",
     "added",
     "as_normal",
+    "averaging_gain",
     "betas",
     "check_layers",
+    "check_range",
     "combine",
     "embedding",
     "encoder_noise",
@@ -91,7 +98,10 @@ __all__ = [
     "guidance_gradient",
     "guidance_shift",
     "guide",
+    "joined",
+    "low_pass",
     "precise",
+    "resize",
     "rms",
     "score_gradient",
     "squared_distance",

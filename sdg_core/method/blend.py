@@ -77,4 +77,5 @@ def projected(grads: Tensor) -> Tensor:
         if done:
             break
     given = size * (parts.to(units) @ units).transpose(0, 1)
-    return (flat + given).view_as(grads).to(grads)
+    projected: Tensor = (flat + given).view_as(grads).to(grads)
+    return projected

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeGuard
 
@@ -43,6 +43,14 @@ class Features:
         """The features with every tensor changed."""
         embed, where = (None if v is None else change(v) for v in (self.embed, self.where))
         return Features(tuple(map(change, self.maps)), embed, where)
+
+
+def joined(parts: Sequence[Features]) -> Features:
+    """The features of samples that were looked at one after the other."""
+    embeds = [part.embed for part in parts if part.embed is not None]
+    masks = [part.where for part in parts if part.where is not None]
+    maps = tuple(torch.cat(layer) for layer in zip(*(part.maps for part in parts), strict=True))
+    return Features(maps, torch.cat(embeds) if embeds else None, torch.cat(masks) if masks else None)
 
 
 class Encoder(Protocol):

@@ -6,16 +6,18 @@
   between colours. An encoder can be trained for exactly that. Costs nothing.
 - ``DecodedView``: a latent through a decoder (TAESD, or the model's VAE). Only for clean estimates.
 
-All are differentiable and take every sample by itself.
+All are differentiable and take every sample by itself. ``resize`` then brings a picture to the size of an encoder.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .precision import precise
@@ -156,3 +158,24 @@ class DecodedView:
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         return height * self.upscale, width * self.upscale
+
+
+def resize(image: Tensor, size: int) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, size, size): averaging areas down, bilinear up, unchanged where it fits."""
+    if image.shape[-2:] == (size, size):
+        return image
+    height, width = image.shape[-2:]
+    smaller = min(height, size), min(width, size)
+    if (height, width) != smaller:
+        image = F.adaptive_avg_pool2d(image, smaller)
+    return (
+        image if smaller == (size, size) else F.interpolate(image, (size, size), mode="bilinear", align_corners=False)
+    )
+
+
+def averaging_gain(size: int, height: int, width: int) -> float:
+    """What ``resize`` of (height, width) to ``size`` does to white noise: a factor on its standard deviation.
+
+    Averaging k x k pixels divides it by k; enlarging keeps it.
+    """
+    return math.prod(min(1.0, size / side) for side in (height, width)) ** 0.5

@@ -82,13 +82,13 @@ class ADMConfig:
                 "Use for example 256x256_diffusion_uncond.pt."
             )
         model_channels = state["time_embed.0.weight"].shape[1]
-        up_convs = _matching(state, r"output_blocks\.(\d+)\.[12]\.conv\.weight")
-        up_blocks = _matching(state, r"output_blocks\.(\d+)\.[12]\.in_layers\.2\.weight")
+        up_convs = matching(state, r"output_blocks\.(\d+)\.[12]\.conv\.weight")
+        up_blocks = matching(state, r"output_blocks\.(\d+)\.[12]\.in_layers\.2\.weight")
         levels = len(up_convs or up_blocks) + 1
-        blocks = _matching(state, r"output_blocks\.(\d+)\.0\.in_layers\.2\.weight")
+        blocks = matching(state, r"output_blocks\.(\d+)\.0\.in_layers\.2\.weight")
         per_level = len(blocks) // levels
         widths = [state[f"output_blocks.{i * per_level}.0.out_layers.3.weight"].shape[0] for i in range(levels)]
-        attended = {i // per_level for i in _matching(state, r"output_blocks\.(\d+)\.1\.qkv\.weight")}
+        attended = {i // per_level for i in matching(state, r"output_blocks\.(\d+)\.1\.qkv\.weight")}
         embed = state["input_blocks.1.0.emb_layers.1.weight"].shape[0]
         return cls(
             image_size=image_size,
@@ -102,7 +102,8 @@ class ADMConfig:
         )
 
 
-def _matching(state: Mapping[str, Tensor], pattern: str) -> list[int]:
+def matching(state: Mapping[str, Tensor], pattern: str) -> list[int]:
+    """The numbers that a pattern's group has among the names of a state dict, ascending."""
     return sorted({int(m[1]) for key in state if (m := re.fullmatch(pattern, key))})
 
 
@@ -222,7 +223,7 @@ class ADMUNet(nn.Module):
         embed = 4 * base
         self.time_embed = nn.Sequential(ops.Linear(base, embed, **kw), nn.SiLU(), ops.Linear(embed, embed, **kw))
         widths = [int(base * m) for m in config.channel_mult]  # 512 px models start at half
-        build = _Builder(config, embed, ops, kw)
+        build = Builder(config, embed, ops, kw)
         self.input_blocks = build.encoder(widths)
         self.middle_block = Block(
             build.res(widths[-1], widths[-1]), build.attention(widths[-1]), build.res(widths[-1], widths[-1])
@@ -255,8 +256,8 @@ class ADMUNet(nn.Module):
         return F.pixel_shuffle(h, patch) if patch > 1 else h
 
 
-class _Builder:
-    """Builds the two halves of the UNet in the order of the published checkpoints."""
+class Builder:
+    """Builds the halves of the UNet in the order of the published checkpoints."""
 
     def __init__(self, config: ADMConfig, embed: int, ops: Any, kw: dict[str, Any]) -> None:
         self.config, self.embed, self.ops, self.kw = config, embed, ops, kw

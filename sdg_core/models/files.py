@@ -1,4 +1,4 @@
-"""Files of models: ADMs (ours, and published ones) and tiny autoencoders."""
+"""Files of models: ADMs and classifiers (ours, and published ones), and tiny autoencoders."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..files import PICKLES, fill, load, load_pickle, load_plain
 from .adm import ADMConfig, ADMUNet
+from .classifier import Classifier, ClassifierConfig
 from .faces import FACES
 from .tiny_autoencoder import TinyAutoencoder, encoder_from_state
 
@@ -46,6 +47,31 @@ def load_adm(path: Path, face: str | None = None) -> ADMUNet:
     unet = ADMUNet(config)
     fill(unet, state, path)
     return unet.requires_grad_(False).eval()
+
+
+def read_classifier(path: Path) -> tuple[ClassifierConfig, dict[str, Tensor]]:
+    """Config and weights of a classifier: our safetensors, or a published guided-diffusion ``.pt``.
+
+    A published one of 1000 classes is one of ImageNet: it gets their names, as open_clip words them.
+    """
+    if path.suffix not in PICKLES:
+        fields, state = load(path, "classifier")
+        return ClassifierConfig.from_json(fields), state
+    state = load_pickle(path)
+    config = ClassifierConfig.from_state_dict(state)
+    if config.classes != 1000:
+        return config, state
+    from open_clip import IMAGENET_CLASSNAMES  # takes seconds, so at first use
+
+    return replace(config, class_names=tuple(IMAGENET_CLASSNAMES)), state
+
+
+def load_classifier(path: Path) -> Classifier:
+    """The classifier, frozen, in eval mode, float32. Raises FileNotFoundError and ValueError as ``load_adm`` does."""
+    config, state = read_classifier(path)
+    classifier = Classifier(config)
+    fill(classifier, state, path)
+    return classifier.float().requires_grad_(False).eval()
 
 
 def load_tiny_autoencoder(path: Path) -> TinyAutoencoder:

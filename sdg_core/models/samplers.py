@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..method import Batch, Convention, GuidanceRun, expand, guidance_gradient, guide
+from ..method import Batch, Convention, GuidanceRun, LowFrequencies, expand, guidance_gradient, guide
 from .denoiser import Prediction
 
 
@@ -38,6 +38,11 @@ Predict = Callable[[Tensor, Tensor], Prediction]
 def guided(denoise: Denoise, run: GuidanceRun) -> Denoise:
     """A guided denoiser is a denoiser."""
     return lambda x, sigma: guide(denoise(x, sigma), x, sigma, run)
+
+
+def held(denoise: Denoise, low: LowFrequencies, percent_to_sigma: Callable[[float], float]) -> Denoise:
+    """A denoiser whose estimates have a reference's low frequencies (ILVR). Around ``guided``: then they keep them."""
+    return lambda x, sigma: low.hold(denoise(x, sigma), sigma, percent_to_sigma)
 
 
 @torch.no_grad()

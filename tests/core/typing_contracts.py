@@ -17,7 +17,8 @@ from sdg_core import (
     TextGuidance,
     guided,
 )
-from sdg_core.method import Encoder, Guidance, NoisyEncoder, View
+from sdg_core.method import ClassGuidance, Encoder, Guidance, NoisyEncoder, View
+from sdg_core.models import Classifier
 from sdg_core.models.samplers import Denoise, Predict
 
 
@@ -25,8 +26,8 @@ def encoders(noisy: NoisyCLIP, clean: CleanCLIP) -> tuple[Encoder, Encoder]:
     return noisy, clean
 
 
-def noisy_encoders(noisy: NoisyCLIP) -> NoisyEncoder:
-    return noisy
+def noisy_encoders(noisy: NoisyCLIP, classifier: Classifier) -> tuple[NoisyEncoder, NoisyEncoder]:
+    return noisy, classifier
 
 
 def guidances(
@@ -35,8 +36,9 @@ def guidances(
     structure: StructureGuidance,
     style: StyleGuidance,
     direction: DirectionGuidance,
-) -> tuple[Guidance, Guidance, Guidance, Guidance, Guidance]:
-    return text, content, structure, style, direction
+    one_class: ClassGuidance,
+) -> tuple[Guidance, ...]:
+    return text, content, structure, style, direction, one_class
 
 
 def views(pixels: PixelView, linear: LinearView, decoded: DecodedView) -> tuple[View, View, View]:

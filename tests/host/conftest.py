@@ -18,7 +18,7 @@ import torch
 from sdg_core.encoders import NoisyCLIP, NoisyCLIPConfig, build_clip, save_noisy_clip
 from sdg_core.files import save
 from sdg_core.method import LatentFormat
-from sdg_core.models import ADMConfig, ADMUNet, TinyAutoencoder
+from sdg_core.models import ADMConfig, ADMUNet, Classifier, ClassifierConfig, TinyAutoencoder
 
 torch.set_num_threads(int(os.environ.get("SDG_TEST_THREADS", "1")))  # the models are small: one is quicker
 
@@ -46,6 +46,7 @@ CLIP_CONFIG = NoisyCLIPConfig(
     hidden=32,
     sinusoid=32,
 )
+CLASSIFIER_CONFIG = ClassifierConfig(ADM_CONFIG, classes=3, class_names=("glasses", "blue background", "pink hair"))
 PREDICTIONS = ("eps", "v", "flow")
 FORMAT = LatentFormat(
     "made up",
@@ -72,7 +73,7 @@ def comfyui_path() -> Path:
 
 @pytest.fixture(scope="session")
 def models_folder(tmp_path_factory) -> Path:
-    """models/adm/random.safetensors and models/noisy_clip/random.safetensors, small, with random weights.
+    """models/adm, noisy_clip and classifier, each with random.safetensors: small, with random weights.
 
     And the same for latents: see ``write_latent_models``.
     """
@@ -83,7 +84,7 @@ def models_folder(tmp_path_factory) -> Path:
 
 
 def write_random_models(folder: Path, adm: ADMConfig = ADM_CONFIG, clip: NoisyCLIPConfig = CLIP_CONFIG) -> None:
-    for kind in ("adm", "noisy_clip"):
+    for kind in ("adm", "noisy_clip", "classifier"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -91,6 +92,9 @@ def write_random_models(folder: Path, adm: ADMConfig = ADM_CONFIG, clip: NoisyCL
         save(folder / "adm/random.safetensors", "adm", asdict(adm), unet.state_dict())
         encoder = randomised(NoisyCLIP(clip, build_clip(clip.clip)))
         save_noisy_clip(folder / "noisy_clip/random.safetensors", encoder)
+        classifier = randomised(Classifier(CLASSIFIER_CONFIG))
+        config = asdict(CLASSIFIER_CONFIG)
+        save(folder / "classifier/random.safetensors", "classifier", config, classifier.state_dict())
 
 
 def write_latent_models(folder: Path) -> None:
@@ -128,7 +132,7 @@ def comfy(comfyui_path: Path, models_folder: Path, tmp_path_factory) -> SimpleNa
     comfy.cli_args.args.cpu = True
     import folder_paths
 
-    for kind in ("adm", "noisy_clip"):
+    for kind in ("adm", "noisy_clip", "classifier"):
         folder_paths.add_model_folder_path(kind, str(models_folder / kind))
     folder_paths.set_output_directory(str(tmp_path_factory.mktemp("output")))
     folder_paths.set_temp_directory(str(tmp_path_factory.mktemp("temp")))

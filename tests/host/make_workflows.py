@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +18,7 @@ from sdg_core.method import DEFAULT_INTERVAL, DEFAULT_SCALE, StructureGuidance, 
 
 STRUCTURE_LAYERS, STYLE_LAYERS = (",".join(map(str, kind.layers)) for kind in (StructureGuidance, StyleGuidance))
 BUNDLED = "avatars (bundled)"
+ILVR_FACTOR, ILVR_PROMPT = 8, "a person with glasses"
 SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     "SDGLoadADM": ([], [("MODEL", "MODEL"), ("blank", "CONDITIONING")]),
     "SDGLoadNoisyCLIP": ([], [("NOISY_CLIP", "NOISY_CLIP")]),
@@ -34,6 +35,7 @@ SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     "SDGGuidanceTarget": ([("guidance", "SDG_GUIDANCE")], [("GUIDANCE", "SDG_GUIDANCE")]),
     "SDGGuidanceAway": ([("guidance", "SDG_GUIDANCE")], [("GUIDANCE", "SDG_GUIDANCE")]),
     "SolidMask": ([], [("MASK", "MASK")]),
+    "SDGILVRReference": ([("model", "MODEL"), ("image", "IMAGE"), ("vae", "VAE")], [("MODEL", "MODEL")]),
     "SDGGuidedKSampler": (
         [
             ("model", "MODEL"), ("latent_image", "LATENT"), ("guidance", "SDG_GUIDANCE"),
@@ -64,6 +66,7 @@ SIZES = {
     "SDGStyleGuidance": (340, 210), "SDGCombineGuidance": (340, 220), "SDGGuidedKSampler": (320, 360),
     "VAEDecode": (300, 60), "ImageScale": (300, 140), "PreviewImage": (300, 300), "SaveImage": (560, 640),
     "Note": (340, 190), "SDGFinetuneNoisyCLIP": (360, 620), "SDGSaveNoisyCLIP": (300, 200),
+    "SDGILVRReference": (340, 180),
 }  # fmt: skip
 NOTES = ("Note", "MarkdownNote")
 
@@ -248,6 +251,20 @@ def text_and_image_example() -> None:
     graph.save("text_and_image")
 
 
+def ilvr_example() -> None:
+    graph = Graph()
+    m = models(graph, "A picture's colours and coarse layout, with detail from a text: ILVR Reference holds the low "
+                      "frequencies, Text Guidance moves the rest.\n\nA higher down factor leaves more to model and "
+                      "text; so does a lower end_percent.")  # fmt: skip
+    image = reference(graph, m, 0, "a person with red hair, yellow background", 3, "1. A reference")
+    held = graph.add(
+        "SDGILVRReference", "ILVR Reference (SDG)", (400, 800), [ILVR_FACTOR, 0.0, 1.0], model=m.adm, image=image
+    )
+    words = text(graph, m, (400, 1060), ILVR_PROMPT)
+    result(graph, replace(m, adm=held), 800, words, 0, "ilvr", "2. Its low frequencies, with what the text adds")
+    graph.save("ilvr")
+
+
 def latent_text_example() -> None:
     graph = Graph()
     graph.group("Models", -20, -80, 380, 720)
@@ -352,6 +369,7 @@ def controls_example() -> None:
 
 if __name__ == "__main__":
     controls_example()
+    ilvr_example()
     finetune_example()
     latent_text_example()
     text_example()

@@ -20,6 +20,8 @@ IDS = {
     "SDGGuidanceMask",
     "SDGGuidanceTarget", "SDGGuidanceAway", "SDGDirectionGuidance", "SDGGuidanceReferences",
     "SDGGuidanceAugment", "SDGGuidanceBudget",
+    "SDGLoadClassifier", "SDGClassifierGuidance",
+    "SDGILVRReference",
 }  # fmt: skip
 
 
