@@ -55,8 +55,10 @@ def latent_format(out: Path) -> LatentFormat:
 
 
 def export_autoencoder(data: Path, out: Path, to: Path) -> None:
+    """The autoencoder, and in its config how models see its latents."""
     state = part(average(out, "world_autoencoder"), "autoencoder.")
-    save(to / "autoencoder.safetensors", "autoencoder", train_world_autoencoder.CONFIG, state)
+    config = {**train_world_autoencoder.CONFIG, "latent_format": asdict(latent_format(out))}
+    save(to / "autoencoder.safetensors", "autoencoder", config, state)
 
 
 def export_latent(data: Path, out: Path, to: Path) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from sdg_core.avatars import BUNDLED, load_bundled_clip, load_held_out, load_judge, load_renders
 from sdg_core.avatars.metrics import grain, psnr
 from sdg_core.encoders import load_noisy_clip
-from sdg_core.method import unit
+from sdg_core.files import load
+from sdg_core.method import LatentFormat, unit
 from sdg_core.models import load_tiny_autoencoder
 
 WORLD = BUNDLED / "world"
@@ -73,20 +73,23 @@ def test_the_clip_names_what_a_drawing_shows(judge, renders, name):
     assert (guess == truth)[truth >= 0].float().mean() > 0.9
 
 
-def test_the_noisy_clip_finds_pictures_in_noise_where_the_clean_one_does_not(renders):
-    """Pixels of 32 px at sigma / alpha 1: looked up among the clean embeddings of 256 renders."""
-    noisy, clean = (
-        load_noisy_clip(WORLD / "noisy_clip_pixels.safetensors"),
-        load_bundled_clip(WORLD / "clip.safetensors"),
-    )
-    small = F.avg_pool2d(renders[0], 4)
-    ratio = torch.ones(1)
-    eps = torch.randn(small.shape, generator=torch.Generator().manual_seed(0))
-    x, t = (small + eps) / 2**0.5, noisy.table.timestep(ratio)
+def test_the_noisy_clip_finds_latents_in_noise_where_the_clean_one_does_not(renders):
+    """The linear picture of latents at sigma / alpha 1: looked up among the clean embeddings of 256 renders."""
+    noisy, clean = load_noisy_clip(WORLD / "noisy_clip.safetensors"), load_bundled_clip(WORLD / "clip.safetensors")
+    config, _ = load(WORLD / "autoencoder.safetensors", "autoencoder")
+    space = LatentFormat.from_json(config["latent_format"])
+    autoencoder, view = load_tiny_autoencoder(WORLD / "autoencoder.safetensors"), space.linear_view()
+    assert noisy.config.view == view.name
     found = []
     with torch.no_grad():
+        z = (
+            torch.cat([autoencoder.encoder((part + 1) / 2) for part in renders[0].split(32)]) - space.shift
+        ) * space.scale
+        eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+        seen = (view.picture(z, torch.ones(len(z))) + view.noise(eps)) / 2**0.5
         wanted = unit(clean(renders[0], torch.zeros(1), clean.full_depth).embed)
         for encoder in (noisy, clean):
-            embed = unit(encoder(x, t, encoder.full_depth).embed)
-            found.append(float(((embed @ wanted.T).argmax(dim=1) == torch.arange(len(x))).float().mean()))
+            embed = unit(encoder(seen, noisy.table.timestep(torch.ones(1)), encoder.full_depth).embed)
+            found.append(float(((embed @ wanted.T).argmax(dim=1) == torch.arange(len(z))).float().mean()))
+    assert z.std() == pytest.approx(1, abs=0.1)
     assert found[0] > 0.6 > 0.2 > found[1]
