@@ -147,7 +147,7 @@ class SDGTextGuidance(io.ComfyNode):
                 scale_input(
                     defaults.TEXT_SCALE,
                     "How strongly to follow the text. Higher follows closer and varies less; 0 is off, "
-                    "negative pushes away, without end: see Guidance Away. Usual: 50 to 300.",
+                    "negative pushes away (better: Guidance Away). Usual: 50 to 300.",
                 ),
                 *interval_inputs(*defaults.TEXT_INTERVAL),
             ],
@@ -182,7 +182,7 @@ class SDGContentGuidance(io.ComfyNode):
                 scale_input(
                     defaults.CONTENT_SCALE,
                     "How strongly to follow the content. Higher is closer to the reference; 0 is off, "
-                    "negative pushes away, without end: see Guidance Away. Usual: 100 to 500.",
+                    "negative pushes away (better: Guidance Away). Usual: 100 to 500.",
                 ),
                 *interval_inputs(*defaults.CONTENT_INTERVAL),
             ],
@@ -212,7 +212,7 @@ class SDGStructureGuidance(io.ComfyNode):
                 scale_input(
                     defaults.STRUCTURE_SCALE,
                     "How strongly to follow the layout. Higher is closer to the reference; 0 is off, "
-                    "negative pushes away, without end: see Guidance Away. Usual: 100 to 500.",
+                    "negative pushes away (better: Guidance Away). Usual: 100 to 500.",
                 ),
                 layers_input(
                     defaults.STRUCTURE_LAYERS,
@@ -257,7 +257,7 @@ class SDGStyleGuidance(io.ComfyNode):
                 scale_input(
                     defaults.STYLE_SCALE,
                     "How strongly to follow the style. Higher is closer to the reference; 0 is off, "
-                    "negative pushes away, without end: see Guidance Away. Usual: 500 to 2000.",
+                    "negative pushes away (better: Guidance Away). Usual: 500 to 2000.",
                 ),
                 layers_input(
                     defaults.STYLE_LAYERS,

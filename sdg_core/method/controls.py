@@ -122,21 +122,27 @@ def feathered(mask: Tensor, feather: float) -> Tensor:
     return mask * (2 * F.avg_pool2d(wide, 2 * radius + 1, stride=1) - 1).clamp(min=0)
 
 
+SOFT = 0.05
+"""Over how much similarity a guidance that isn't adapted fades out before its goal."""
+
+
 @dataclass(frozen=True)
 class Goal:
     """A similarity where a guidance stops. s = 1 - (best - F) is 1 for the reference itself: the cosine of embeddings,
     or 1 minus the relative squared distance of maps or Gram matrices.
 
-        gap = max(0, similarity - s) for a scale above 0,   max(0, s - similarity) for one below (away from it)
+        gap = similarity - s for a scale above 0,   s - similarity for one below (away from it)
 
-    Not ``adapted``, the scale counts while there is a gap, and nothing pulls after. ``adapted``: instead of the scale,
+    Not ``adapted``, the scale counts while there is a gap, times min(1, gap / SOFT), and nothing after: without that
+    softness it would go on and off at the goal from step to step. ``adapted``: instead of the scale,
     each step's shift d is what moves the score by a lift, to first order (Polyak's step length), where the cap lets it:
 
         d = +- lift * G / |G|^2,   G = dF / d denoised (for encoders of noise: alpha dF / dx_t)
         lift = gap / (1 - sigma_i / sigma_{i-1})
 
     because of a shift of denoised only the part 1 - sigma_{i+1} / sigma_i is in x after the step (Euler's; the next
-    noise level is not known yet, so the last ratio stands for it).
+    noise level is not known yet, so the last ratio stands for it). What was never short of the goal is left alone; what
+    was pulled beyond it is taken back.
     """
 
     similarity: float
@@ -150,8 +156,8 @@ class Goal:
             )
 
     def gap(self, score: Tensor, best: float, scale: float) -> Tensor:
-        """How far scores (B,) still are from it, 0 where it is reached; ``best`` is the score of the reference."""
-        return (math.copysign(1.0, scale) * (self.similarity - 1 + best - score)).clamp(min=0)
+        """How far scores (B,) still are from it, below 0 beyond it; ``best`` is the score of the reference."""
+        return math.copysign(1.0, scale) * (self.similarity - 1 + best - score)
 
 
 Choice = Literal["mean", "nearest", "in turn", "one each"]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .controls import Crop
+from .controls import SOFT, Crop
 from .features import Encoder, reads_noise
 from .gradient import Sight
 from .precision import added
@@ -132,11 +132,12 @@ def _amount(k: int, weight: Tensor, score: Tensor, slope: Tensor, batch: Batch, 
         return weight
     gap = term.goal.gap(score, term.guidance.best, term.scale)
     if not term.goal.adapted:
-        return torch.where(gap > 0, weight, torch.zeros_like(weight))
+        return weight * (gap / SOFT).clamp(0, 1)
     alpha, square = run.convention.alpha(batch.sigma), batch.sigma.square()
     moved = alpha if reads_noise(term.encoder) else (alpha.square() * run.variance + square) / (alpha * run.variance)
     rise = moved * square * slope
-    lift = gap / run.memory(k).realised(float(batch.sigma.max()))
+    memory = run.memory(k)
+    lift = memory.pulled(gap, weight != 0) / memory.realised(float(batch.sigma.max()))
     wanted = weight / abs(term.scale) * lift * alpha / rise.clamp(min=torch.finfo(rise.dtype).tiny)
     return torch.where(rise > 0, wanted, torch.zeros_like(wanted))
 

@@ -62,11 +62,12 @@ class Memory:
     """Gradients of one term by noise level, for every k-th level to serve those after it.
 
     Model calls are taken in the order of their noise, not of time: samplers of higher order look ahead and come back.
-    ``levels`` are the noise levels seen.
+    ``levels`` are the noise levels seen. ``short`` (B,): which samples were short of the term's goal.
     """
 
     kept: dict[float, Kept] = field(default_factory=dict)
     levels: set[float] = field(default_factory=set)
+    short: Tensor | None = None
 
     def find(self, level: float, wanted: Tensor, shape: torch.Size, every: int) -> Kept | None:
         """The gradient to reuse at a noise level for the samples ``wanted`` (B,), None where a new one is due."""
@@ -80,6 +81,13 @@ class Memory:
         steps = sum(level <= s < min(above) for s in self.levels)
         fits = kept.grad.shape == shape and not bool((wanted & ~kept.known).any())
         return kept if fits and steps < every else None
+
+    def pulled(self, gap: Tensor, acts: Tensor) -> Tensor:
+        """A goal's gap (B,) in samples that were short of it once where it acts (B,); 0 in those that never were."""
+        known = self.short is not None and self.short.shape == gap.shape
+        short = (gap > 0) & acts
+        self.short = short | self.short if known and self.short is not None else short
+        return torch.where(self.short, gap, torch.zeros_like(gap))
 
     def realised(self, level: float) -> float:
         """What part of a shift of denoised is in x after a step, by the last noise level above; a half at first."""
