@@ -76,5 +76,5 @@ def projected(grads: Tensor) -> Tensor:
         parts = moved
         if done:
             break
-    given = size * (parts.to(units) @ units).transpose(0, 1)
-    return (flat + given).view_as(grads).to(grads)
+    joined: Tensor = flat + size * (parts.to(units) @ units).transpose(0, 1)
+    return joined.view_as(grads).to(grads)
