@@ -76,6 +76,5 @@ def projected(grads: Tensor) -> Tensor:
         parts = moved
         if done:
             break
-    given = size * (parts.to(units) @ units).transpose(0, 1)
-    projected: Tensor = (flat + given).view_as(grads).to(grads)
-    return projected
+    joined: Tensor = flat + size * (parts.to(units) @ units).transpose(0, 1)
+    return joined.view_as(grads).to(grads)
