@@ -30,8 +30,9 @@ LEVELS_REMEMBERED = 256
 GRADIENTS_KEPT = 2
 """Gradients of a term that stay in memory for reuse: a sampler of higher order comes back to the one before."""
 
-BISECTIONS = 30
-"""Halvings of the run that find the part of it where a noise level is: to 1e-9, so that 7 decimals are exact."""
+BISECTIONS, DECIMALS = 30, 5
+"""Halvings of the run that find the part of it where a noise level is, to 1e-9, and the decimals that are kept: fewer
+than float32 noise levels are sure of, because guidance amplifies the last bit, and every host should give the same."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ class GuidanceRun:
             for _ in range(BISECTIONS):
                 middle = (low + high) / 2
                 low, high = (middle, high) if self.percent_to_sigma(middle) > level else (low, middle)
-            found[sigma == level] = round(low, 7)
+            found[sigma == level] = round(low, DECIMALS)
         return found
 
     def only(self, k: int, wanted: Tensor) -> Tensor:
