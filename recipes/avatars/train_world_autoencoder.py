@@ -1,7 +1,8 @@
 """The autoencoder of the 128 px world: 128 x 128 x 3 <-> 32 x 32 x C, on crops of 64 px. And its linear picture.
 
 `python train_world_autoencoder.py --data DIR --out DIR` trains (or resumes), then writes the latents of the splits, and
-the linear factors that give a small picture from a latent.
+the linear factors that give a small picture from a latent. With `--use autoencoder.safetensors` it writes those of a
+finished one.
 
 The loss is L1, squared error, L1 of the differences between neighbours (flat areas flat, lines sharp), and L1 of a
 linear picture that is trained along, so that colours lie in the latents where a linear view finds them.
@@ -25,7 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from loop import Plan, spawn, train
 from world_data import load
 
-from sdg_core.models import TinyAutoencoder
+from sdg_core.files import load as load_file
+from sdg_core.method import LatentFormat
+from sdg_core.models import TinyAutoencoder, load_tiny_autoencoder
 
 CHANNELS, DOWNSCALE, CROP = 4, 4, 64
 CONFIG = {
@@ -91,12 +94,19 @@ def job(rank: int, processes: int, data: Path, out: Path, images: int) -> None:
         export_latents(model["autoencoder"].eval(), data, out)
 
 
+def use(file: Path, data: Path, out: Path) -> None:
+    """Latents of a finished autoencoder, in the format that its file names."""
+    out.mkdir(parents=True, exist_ok=True)
+    space = LatentFormat.from_json(load_file(file, "autoencoder")[0]["latent_format"])
+    export_latents(load_tiny_autoencoder(file), data, out, space)
+
+
 @torch.no_grad()
-def export_latents(model: TinyAutoencoder, data: Path, out: Path) -> None:
+def export_latents(model: TinyAutoencoder, data: Path, out: Path, space: LatentFormat | None = None) -> None:
     """`world_latents_<split>.npy` (N, C, 32, 32) float16 of zero mean and unit variance over everything, and
     `world_format.pt`: shift and scale (model latents are (z - shift) * scale), factors (3, C) and bias (3,) of the
-    linear picture in -1..1, and how much of the small picture's variance it explains."""
-    shift = scale = None
+    linear picture in -1..1, and how much of the small picture's variance it explains. ``space`` fixes all four."""
+    shift, scale = (None, None) if space is None else (torch.tensor(space.shift), torch.tensor(space.scale))
     for split in ("train", "test"):
         pictures, _ = load(data, split, 128)
         raw = torch.cat([model.encoder(part) for part in parts(pictures)])
@@ -105,6 +115,8 @@ def export_latents(model: TinyAutoencoder, data: Path, out: Path) -> None:
         np.save(out / f"world_latents_{split}.npy", ((raw - shift) * scale).half().numpy())
     latents = {split: np.load(out / f"world_latents_{split}.npy", mmap_mode="r") for split in ("train", "test")}
     factors, bias, explained = fit_factors(latents, data)
+    if space is not None:
+        factors, bias = torch.tensor(space.factors), torch.tensor(space.bias)
     kept = {"shift": shift, "scale": scale, "factors": factors, "bias": bias, "explained": explained}
     torch.save(kept, out / "world_format.pt")
     print(f"held out: {measured(model, data)}, linear picture explains {explained:.4f}", flush=True)
@@ -161,5 +173,9 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int, default=320_000)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--use", type=Path)
     args = parser.parse_args()
+    if args.use is not None:
+        use(args.use, args.data, args.out)
+        sys.exit()
     spawn(functools.partial(job, data=args.data, out=args.out, images=args.images), args.processes)
