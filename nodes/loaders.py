@@ -252,7 +252,8 @@ class SDGEmptyPixelLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, width: int, height: int, batch_size: int, vae: Any = None) -> io.NodeOutput:
-        channels, ratio = (3, 1) if vae is None else (vae.latent_channels, vae.spacial_compression_encode())
+        maker = host.to_vae(vae)
+        channels, ratio = (3, 1) if maker is None else (maker.latent_channels, maker.spacial_compression_encode())
         shape = (batch_size, channels, max(1, height // ratio), max(1, width // ratio))
         what = f"{batch_size} pictures of {width} x {height}"
         host.check_free(what, 4 * math.prod(shape))

@@ -180,6 +180,33 @@ def graphs() -> dict[str, dict]:
             "4": node("RepeatImageBatch", image=["2", 0], amount=4),
             "5": node("OddSink", value=["3", 1]),
         },
+        "controls": {
+            **pixel_model(),
+            "5": node("OddPicture", kind="plain"),
+            "6": node("SolidMask", value=1.0, width=32, height=32),
+            "7": node("SDGGuidanceMask", guidance=["4", 0], mask=["6", 0], reference_mask=["6", 0], feather=0.1),
+            "8": node("SDGGuidanceTarget", guidance=["7", 0], similarity=0.3),
+            "9": node("SDGContentGuidance", noisy_clip=["2", 0], image=["5", 0], scale=300.0, **WHOLE),
+            "10": node("SDGGuidanceReferences", guidance=["9", 0], choice="nearest", weights="1"),
+            "11": node("SDGGuidanceSchedule", guidance=["10", 0], curve="linear", points="0:0, 0.5:1, 1:0.2", every=2),
+            "12": node("SDGLoadCLIP", clip_name=CLEAN, architecture="RN50", pretrained=""),
+            "13": node(
+                "SDGDirectionGuidance", noisy_clip=["12", 0], image=["5", 0], from_text="a person",
+                to_text="a person with glasses", scale=200.0, **WHOLE,
+            ),
+            "14": node("SDGGuidanceAugment", guidance=["13", 0], crops=2, least=0.7, spherical=True),
+            "15": node("SDGTextGuidance", noisy_clip=["2", 0], text="glasses", scale=200.0, **WHOLE),
+            "16": node("SDGGuidanceAway", guidance=["15", 0], until=0.0),
+            "17": node(
+                "SDGCombineGuidance", guidance_1=["8", 0], guidance_2=["11", 0], guidance_3=["14", 0],
+                guidance_4=["16", 0], **{f"weight_{i}": 1.0 for i in (1, 2, 3, 4)}, conflicts="project", balance=0.5,
+            ),
+            "18": node("SDGGuidanceBudget", guidance=["17", 0], percent=25.0),
+            "19": node(
+                "SDGGuidedKSampler", model=["1", 0], guidance=["18", 0], latent_image=["3", 0], **SAMPLING, **STRENGTH
+            ),
+            "20": node("OddSink", value=["19", 0]),
+        },
         "save": {
             "1": node("SDGLoadNoisyCLIP", noisy_clip_name=LATENT_NOISY),
             "2": node("SDGSaveNoisyCLIP", noisy_clip=["1", 0], name="fuzz", dataset="", licence="", half=True),
