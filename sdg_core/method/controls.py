@@ -134,8 +134,9 @@ class Goal:
         gap = similarity - s for a scale above 0,   s - similarity for one below (away from it)
 
     Not ``adapted``, the scale counts while there is a gap, times min(1, gap / SOFT), and nothing after: without that
-    softness it would go on and off at the goal from step to step. ``adapted``: instead of the scale,
-    each step's shift d is what moves the score by a lift, to first order (Polyak's step length), where the cap lets it:
+    softness it would go on and off at the goal from step to step. ``adapted``: s is that of the model's estimate, and
+    instead of the scale each step's shift d is what moves the score by a lift, to first order (Polyak's step length),
+    where the cap lets it:
 
         d = +- lift * G / |G|^2,   G = dF / d denoised (for encoders of noise: alpha dF / dx_t)
         lift = gap / (1 - sigma_i / sigma_{i-1})

@@ -84,8 +84,9 @@ def _pull(batch: Batch, weights: Tensor, run: GuidanceRun) -> Pull:
     aimed = None
     parts: dict[int, Tensor] = {}
     for k in apart:
-        own, scores[k] = _own_gradient(k, weights[k] != 0, batch, run)
-        part = _counted(k, own, scores[k], weights[k], batch, run)
+        kept = _own_gradient(k, weights[k] != 0, batch, run)
+        scores[k] = kept.score
+        part = _counted(k, kept, weights[k], batch, run)
         if run.terms[k].aims:
             aimed = part if aimed is None else aimed + part
         else:
@@ -112,12 +113,13 @@ def _blended(parts: dict[int, Tensor], weights: Tensor, run: GuidanceRun) -> lis
     return found
 
 
-def _counted(k: int, own: Tensor, score: Tensor, weight: Tensor, batch: Batch, run: GuidanceRun) -> Tensor:
-    """What a term's own gradient (B, C, H, W) adds: times what it counts, inside its mask."""
+def _counted(k: int, kept: Kept, weight: Tensor, batch: Batch, run: GuidanceRun) -> Tensor:
+    """What a term's own gradient adds (B, C, H, W): times what it counts, inside its mask."""
+    own = _of_x_t(run.terms[k].encoder, kept.grad, batch, run)
     mask = batch.mask(run.terms[k], (own.shape[-2], own.shape[-1]))
     part = own if mask is None else mask * own
     slope = (own * part).flatten(1).sum(dim=1)
-    return expand(_amount(k, weight, score, slope, batch, run), own) * part
+    return expand(_amount(k, weight, kept.present, slope, batch, run), own) * part
 
 
 def _amount(k: int, weight: Tensor, score: Tensor, slope: Tensor, batch: Batch, run: GuidanceRun) -> Tensor:
@@ -147,10 +149,10 @@ def _without(weights: Tensor, apart: list[int]) -> Tensor:
     return weights.index_fill(0, torch.tensor(apart, device=weights.device), 0.0) if apart else weights
 
 
-def _own_gradient(k: int, wanted: Tensor, batch: Batch, run: GuidanceRun) -> tuple[Tensor, Tensor]:
-    """grad_{x_t} F_k (B, C, H, W) of one term by itself, without its weight, and its scores (B,), where ``wanted``.
+def _own_gradient(k: int, wanted: Tensor, batch: Batch, run: GuidanceRun) -> Kept:
+    """The gradient of one term by itself, of what its encoder reads, without its weight, where ``wanted`` (B,).
 
-    The gradient last taken serves again where no new one is due; only what takes it to x_t is this noise level's own.
+    The gradient last taken serves again where no new one is due.
     """
     memory, level = run.memory(k), float(batch.sigma.max())
     kept = memory.find(level, wanted, batch.x_t.shape, run.every(k))
@@ -164,8 +166,25 @@ def _own_gradient(k: int, wanted: Tensor, batch: Batch, run: GuidanceRun) -> tup
                 part, scores = _encoder_gradient(encoder, members, seen, ones, run, crop)
                 grad[rows] += part.to(grad) / len(crops)
                 score[rows] += scores[0].to(score) / len(crops)
-        kept = memory.keep(level, Kept(grad, score, wanted))
-    return _of_x_t(run.terms[k].encoder, kept.grad, batch, run), kept.score
+        present = _present_score(k, batch, run) if run.terms[k].aims else score
+        kept = memory.keep(level, Kept(grad, score, wanted, present.to(score)))
+    return kept
+
+
+@torch.no_grad()
+def _present_score(k: int, batch: Batch, run: GuidanceRun) -> Tensor:
+    """The score (B,) of the model's estimate as a finished picture: an encoder of noise reads it at its least noise.
+
+    Under much noise every picture is like every other, so a goal can't go by the score of x_t.
+    """
+    term, encoder = run.terms[k], run.terms[k].encoder
+    view, ones = run.view_of(encoder), torch.ones_like(batch.sigma)
+    ratio = encoder.table.ratio[:1].to(batch.sigma) if reads_noise(encoder) else None
+    t = torch.zeros_like(batch.sigma[:1])
+    sight = Sight(view, ones, t, window(term, view, batch, ratio))
+    picture = view.picture(batch.denoised, ones)
+    features = sight.features(encoder, picture, term.guidance.depth(encoder))
+    return run.references.target(k, term, view, batch, ratio).score(term.guidance, features)
 
 
 def _of_x_t(encoder: Encoder, grad: Tensor, batch: Batch, run: GuidanceRun) -> Tensor:

@@ -50,12 +50,13 @@ class StepTrace:
 
 @dataclass(frozen=True)
 class Kept:
-    """A gradient to reuse: of one term's score, as the encoder's pass gave it (B, C, H, W), its scores (B,), and of
-    which samples they are known (B,)."""
+    """A gradient to reuse: of one term's score, as the encoder's pass gave it (B, C, H, W), its scores (B,), of which
+    samples they are known (B,), and the scores that the term's goal goes by (B,)."""
 
     grad: Tensor
     score: Tensor
     known: Tensor
+    present: Tensor
 
 
 @dataclass

@@ -399,13 +399,15 @@ def test_a_target_allows_for_the_part_of_a_shift_that_stays(step):
 
 @pytest.mark.parametrize("convention", [Convention.VE, Convention.FLOW])
 def test_a_target_of_the_noisy_picture_counts_the_signal_that_a_shift_brings(convention, step):
+    """The gap is that of the estimate, the gradient that of x_t."""
     denoised, x_t, _ = step
     sigma, encoder = torch.full((4,), 0.6), LinearEncoder("noisy")
     alpha = float(convention.alpha(sigma)[0])
     run = make_run(Term(LinearGuidance(), encoder, 1.0, goal=Goal(0.9)), convention=convention)
     moved = x_t + alpha * (guide(denoised, x_t, sigma, run) - denoised)
     before, after = (x[:, 0].mean(dim=(1, 2)) / math.hypot(alpha, 0.6) for x in (x_t, moved))
-    torch.testing.assert_close(after, before + LIFT * (0.9 - before), rtol=1e-9, atol=1e-9)
+    present = denoised[:, 0].mean(dim=(1, 2))
+    torch.testing.assert_close(after, before + LIFT * (0.9 - present), rtol=1e-9, atol=1e-9)
 
 
 def test_a_target_is_reached_inside_a_mask(step, mask):
@@ -419,15 +421,18 @@ def test_a_target_is_reached_inside_a_mask(step, mask):
 
 @pytest.mark.parametrize("strength", [Strength(cap=0.1), Strength("relative", 0.1)])
 def test_a_target_stays_under_the_cap_and_stops_where_it_is_reached(strength, encoder, kinds, step):
+    """An encoder of noise goes by its score of the estimate, which the trace doesn't hold: it is far, or reached."""
     denoised, x_t, sigma = step
     term = Term(kinds["content"], encoder, 5.0)
     far = make_run(replace(term, goal=Goal(1.0)), strength=strength)
     pull = rms(guide(denoised, x_t, sigma, far) - denoised) / rms(x_t - denoised)
     assert float(pull.max()) <= 0.1 + 1e-9
-    score = float(far.trace[0].scores.max())
-    near = make_run(replace(term, goal=Goal(score + 1e-9)), strength=strength)
-    stopped = guide(denoised, x_t, sigma, near) - denoised
-    assert float(rms(stopped)[far.trace[0].scores[0].argmax()]) < 1e-6
+    assert float(pull.min()) > 0
+    if encoder.reads == "denoised":
+        score = float(far.trace[0].scores.max())
+        near = make_run(replace(term, goal=Goal(score + 1e-9)), strength=strength)
+        stopped = guide(denoised, x_t, sigma, near) - denoised
+        assert float(rms(stopped)[far.trace[0].scores[0].argmax()]) < 1e-6
     assert not shift_of(step, make_run(replace(term, goal=Goal(-1.0)), strength=strength)).any()
 
 
