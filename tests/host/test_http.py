@@ -112,8 +112,18 @@ def evaluate(installed) -> Callable[[dict, str], Tensor]:
         size = prompt[values["latent_image"][0]]["inputs"]
         generator = torch.Generator().manual_seed(values["seed"])
         noise = torch.randn(size["batch_size"], 3, size["height"], size["width"], generator=generator)
-        *_, last = models.euler(models.guided(denoiser, state), models.initial(noise, sigmas[0]), sigmas)
+        denoise = held(models.guided(denoiser, state), prompt[values["model"][0]], prompt)
+        *_, last = models.euler(denoise, models.initial(noise, sigmas[0]), sigmas)
         return ((last.x + 1) / 2).clamp(0, 1) * 2 - 1  # a picture of the host is 0..1: this rounds as it does
+
+    def held(denoise, node, prompt):
+        if node["class_type"] != "SDGILVRReference":
+            return denoise
+        values, to_sigma = node["inputs"], models.percent_to_sigma(denoiser.table)
+        low = guidance.LowFrequencies(
+            go(prompt, values["image"][0]), values["down_factor"], values["start_percent"], values["end_percent"]
+        )
+        return lambda x, sigma: low.hold(denoise(x, sigma), sigma, to_sigma)
 
     def go(prompt: dict, number: str):
         kind, values = prompt[number]["class_type"], prompt[number]["inputs"]
