@@ -139,11 +139,12 @@ class Goal:
     where the cap lets it:
 
         d = +- lift * G / |G|^2,   G = dF / d denoised (for encoders of noise: alpha dF / dx_t)
-        lift = gap / (1 - sigma_i / sigma_{i-1})
+        lift = gap / (1 - sigma_i / sigma_{i-1}) * (best - F_t) / (best - F_0)
 
-    because of a shift of denoised only the part 1 - sigma_{i+1} / sigma_i is in x after the step (Euler's; the next
-    noise level is not known yet, so the last ratio stands for it). What was never short of the goal is left alone; what
-    was pulled beyond it is taken back.
+    with F_0 the score of the estimate and F_t the one whose gradient it is, of x_t for encoders of noise: the same part
+    of the way to the best. And of a shift of denoised only the part 1 - sigma_{i+1} / sigma_i is in x after the step
+    (Euler's; the next noise level is not known yet, so the last ratio stands for it). What was never short of the goal
+    is left alone; what was pulled beyond it is taken back.
     """
 
     similarity: float

@@ -16,6 +16,9 @@ from .run import GuidanceRun, Kept, StepTrace
 from .schedule import MIN_ALPHA, Convention, expand
 from .strength import Strength, bounded, rms
 
+LEAST_DISTANCE = 1e-3
+"""A score nearer to the best one than this counts as this near, where distances are compared."""
+
 
 def guide(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Tensor:
     """The guided estimate of x_0.
@@ -119,10 +122,10 @@ def _counted(k: int, kept: Kept, weight: Tensor, batch: Batch, run: GuidanceRun)
     mask = batch.mask(run.terms[k], (own.shape[-2], own.shape[-1]))
     part = own if mask is None else mask * own
     slope = (own * part).flatten(1).sum(dim=1)
-    return expand(_amount(k, weight, kept.present, slope, batch, run), own) * part
+    return expand(_amount(k, weight, kept, slope, batch, run), own) * part
 
 
-def _amount(k: int, weight: Tensor, score: Tensor, slope: Tensor, batch: Batch, run: GuidanceRun) -> Tensor:
+def _amount(k: int, weight: Tensor, kept: Kept, slope: Tensor, batch: Batch, run: GuidanceRun) -> Tensor:
     """What the own gradient g of term k counts (B,): its weight (B,), or what its goal asks for.
 
     A shift d = sigma^2 / alpha * a * g of denoised moves the score by c (g . d): c = alpha where x_t is read, and
@@ -132,14 +135,16 @@ def _amount(k: int, weight: Tensor, score: Tensor, slope: Tensor, batch: Batch, 
     term = run.terms[k]
     if term.goal is None:
         return weight
-    gap = term.goal.gap(score, term.guidance.best, term.scale)
+    best = term.guidance.best
+    gap = term.goal.gap(kept.present, best, term.scale)
     if not term.goal.adapted:
         return weight * (gap / SOFT).clamp(0, 1)
     alpha, square = run.convention.alpha(batch.sigma), batch.sigma.square()
     moved = alpha if reads_noise(term.encoder) else (alpha.square() * run.variance + square) / (alpha * run.variance)
     rise = moved * square * slope
     memory = run.memory(k)
-    lift = memory.pulled(gap, weight != 0) / memory.realised(float(batch.sigma.max()))
+    alike = (best - kept.score) / (best - kept.present).clamp(min=LEAST_DISTANCE)  # scores under noise count otherwise
+    lift = alike * memory.pulled(gap, weight != 0) / memory.realised(float(batch.sigma.max()))
     wanted = weight / abs(term.scale) * lift * alpha / rise.clamp(min=torch.finfo(rise.dtype).tiny)
     return torch.where(rise > 0, wanted, torch.zeros_like(wanted))
 
