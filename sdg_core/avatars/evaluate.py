@@ -235,6 +235,12 @@ def one_attribute(world: World, settings: Settings) -> list[Suite]:
         return rows
 
     wishes = {name: [{name: v} for v in scored_values(world, name)] for name in small + names}
+    most = max(map(len, wishes.values()))
+    if settings.samples <= most:
+        raise ValueError(
+            f"Got {settings.samples} samples for {most} prompts; the spread within a prompt needs two of each. Give "
+            f"{2 * most} samples or more."
+        )
     return [text_suite(world, wishes[name], settings, collect(name)) for name in wishes]
 
 
@@ -439,6 +445,8 @@ def latent_rows(pool: Executor, settings: Settings, progress: Progress) -> list[
             step = functools.partial(progress, f"{model}/{route}/{name}")
             rows = suite_rows(pool, suites[name], fewer if name in LATENT_SUITES else here, step, twins)
             for row in rows:
+                if name in DETAILS and row.name in LATENT_SUITES:
+                    continue  # of fewer references, as through the other routes
                 bar = LATENT_BARS.get(row.name, 0.92 if row.name.startswith("text/") else None)
                 bar = bar if route == "noisy linear" else None
                 result.append(replace(row, name=f"{model}/{route}/{row.name}", bar=bar, cost_ms=cost.get(row.name)))
