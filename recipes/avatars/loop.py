@@ -22,6 +22,7 @@ class Plan:
 
     With ``muon``, its rate, matrices are Muon's and ``lr`` is that of what is left to AdamW; ``vectors`` are names of
     matrices that are left to AdamW too. ``decay``: the last part of the run, in which rates fall to zero.
+    ``bfloat16``: the loss and Muon's matrices are computed in it where that is safe (autocast); weights stay float32.
     """
 
     out: Path
@@ -36,6 +37,7 @@ class Plan:
     muon: float = 0.0
     vectors: tuple[str, ...] = ()
     decay: float = 0.35
+    bfloat16: bool = False
 
     @property
     def steps(self) -> int:
@@ -60,7 +62,8 @@ class Optimizers:
         matrices, rest = split(model, plan.vectors) if plan.muon else ([], [*model.parameters()])
         rest = [p for p in rest if p.requires_grad]
         adam = torch.optim.AdamW(rest, lr=plan.lr, betas=(0.9, 0.99), weight_decay=plan.weight_decay)
-        self.each: list[torch.optim.Optimizer] = [adam, *([Muon(matrices, plan.muon)] if matrices else [])]
+        dtype = torch.bfloat16 if plan.bfloat16 else torch.float32
+        self.each: list[torch.optim.Optimizer] = [adam, *([Muon(matrices, plan.muon, dtype=dtype)] if matrices else [])]
         self.peaks = [plan.lr, plan.muon]
 
     def step(self, part: float) -> None:
@@ -93,7 +96,8 @@ def train(
     started, told, log = time.time(), time.time(), 0.0
     for step in range(first, plan.steps):
         generator = torch.Generator().manual_seed((plan.seed * 1_000_003 + step) * 64 + plan.rank)
-        value, text = loss(step, generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=plan.bfloat16):
+            value, text = loss(step, generator)
         model.zero_grad(set_to_none=True)
         value.backward()
         if plan.processes > 1:

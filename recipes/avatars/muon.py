@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): steps whose singular values are all one.
 
 Convolutions are matrices of output channels x everything else. Written out because torch.optim.Muon takes only 2-D
-weights and works in bfloat16, which these CPUs emulate. Everything that is no matrix is AdamW's.
+weights and always works in bfloat16, which many CPUs emulate. Everything that is no matrix is AdamW's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonal(g: Tensor, iterations: int = 5) -> Tensor:
-    """The nearest half-orthogonal matrix to ``g`` (M, N), roughly: Newton-Schulz in float32."""
+    """The nearest half-orthogonal matrix to ``g`` (M, N), roughly: Newton-Schulz in its dtype."""
     wide = g if g.shape[0] <= g.shape[1] else g.T
     x, (a, b, c) = wide / (wide.norm() + 1e-7), QUINTIC
     for _ in range(iterations):
@@ -25,9 +25,18 @@ def orthogonal(g: Tensor, iterations: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised. A step of rate ``lr`` changes each matrix by lr * sqrt(max(1, M / N))."""
+    """Nesterov momentum, orthogonalised in ``dtype``. A step of rate ``lr`` changes each matrix by
+    lr * sqrt(max(1, M / N))."""
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.dtype = dtype
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -42,7 +51,7 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"].mul_(group["momentum"]).add_(p.grad)
                 g = p.grad.add(state["momentum"], alpha=group["momentum"]).flatten(1)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(orthogonal(g).view_as(p), alpha=-group["lr"] * max(1.0, g.shape[0] / g.shape[1]) ** 0.5)
+                p.add_(orthogonal(g.to(self.dtype)).view_as(p), alpha=-group["lr"] * max(1.0, g.shape[0] / g.shape[1]) ** 0.5)
 
 
 def split(model: nn.Module, keep: Iterable[str] = ()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -60,10 +60,11 @@ class Loss:
         return error.mean(), f"low noise {low:.4f} high {high:.4f}"
 
 
-def job(rank: int, processes: int, out: Path, images: int, compiled: bool) -> None:
+def job(rank: int, processes: int, out: Path, images: int, compiled: bool, bfloat16: bool) -> None:
     plan = Plan(
         out / "world_latent.pt", images, batch=64, lr=1e-3, seed=13, weight_decay=0.0, ema=0.998,
         processes=processes, rank=rank, muon=0.02, vectors=VECTORS, decay=0.5,
+        bfloat16=bfloat16,
     )  # fmt: skip
     torch.manual_seed(plan.seed)
     model = ADMUNet(CONFIG)
@@ -77,6 +78,7 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, default=180_000)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--bfloat16", action="store_true", help="faster on CPUs that compute in it (avx512_bf16, amx)")
     args = parser.parse_args()
-    run = functools.partial(job, out=args.out, images=args.images, compiled=args.compile)
+    run = functools.partial(job, out=args.out, images=args.images, compiled=args.compile, bfloat16=args.bfloat16)
     spawn(run, args.processes)
