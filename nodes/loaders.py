@@ -34,9 +34,8 @@ class SDGLoadNoisyCLIP(io.ComfyNode):
                 io.Combo.Input(
                     "noisy_clip_name",
                     options=host.model_names("noisy_clip"),
-                    default=host.BUNDLED_NAME,
-                    tooltip="A file of models/noisy_clip, or the small one for cartoon avatars that "
-                    "comes with this pack.",
+                    tooltip="A file of models/noisy_clip, or a bundled one for cartoon avatars: for the "
+                    "bundled latent models, or the one of pixels.",
                 ),
                 NoisyCLIPSocket.Input(
                     "text_from",
@@ -192,9 +191,8 @@ class SDGLoadADM(io.ComfyNode):
                 io.Combo.Input(
                     "adm_name",
                     options=host.model_names("adm"),
-                    default=host.BUNDLED_NAME,
-                    tooltip="A file of models/adm, or the small one for cartoon avatars, 32 pixels, "
-                    "that comes with this pack.",
+                    tooltip="A file of models/adm, or a bundled one for cartoon avatars: 128 pixels by latents "
+                    "(v, eps or flow), or 32 pixels.",
                 )
             ],
             outputs=[

@@ -32,18 +32,16 @@ def register_folders() -> None:
 def bundled_files(folder: str) -> dict[str, tuple[Path, str | None]]:
     """Names of the models of a kind that come with the pack, their files, and the face of an ADM (see ``read_adm``).
 
-    Those of the latent test world are in the repository, not in the registry's package, and a classifier may be
-    trained: only what is there is offered.
+    The pixel world is in the repository, not in the registry's package: only what is there is offered.
     """
-    latent = {
-        "adm": {f"avatars latent {k} (bundled)": latent_model_file(k, BUNDLED) for k in ("eps", "v", "flow")},
+    files = {
+        "adm": {f"avatars latent {k} (bundled)": latent_model_file(k, BUNDLED) for k in ("v", "eps", "flow")},
         "noisy_clip": {"avatars latent (bundled)": (BUNDLED / "latent" / "noisy_clip.safetensors", None)},
-    }
-    there = {name: file for name, file in latent.get(folder, {}).items() if file[0].is_file()}
-    name = {"open_clip": "clip"}.get(folder, folder)
-    first = BUNDLED / f"{name}.safetensors"
-    always = {BUNDLED_NAME: (first, None)} if folder != "classifier" or first.is_file() else {}
-    return {**always, **there}
+        "classifier": {"avatars latent (bundled)": (BUNDLED / "latent" / "classifier.safetensors", None)},
+        "open_clip": {BUNDLED_NAME: (BUNDLED / "latent" / "clip.safetensors", None)},
+    }.get(folder, {})
+    pixels = {} if folder in ("open_clip", "classifier") else {BUNDLED_NAME: (BUNDLED / f"{folder}.safetensors", None)}
+    return {name: file for name, file in {**files, **pixels}.items() if file[0].is_file()}
 
 
 def model_names(folder: str) -> list[str]:
@@ -57,8 +55,8 @@ def model_file(folder: str, name: str) -> tuple[Path, str | None]:
         file = bundled_files(folder).get(name)
         if file is None or not file[0].is_file():
             raise ValueError(
-                f"The bundled model {name} is missing. The avatars come with every installation (install this node "
-                f"pack again), the latent ones with its repository only. Or choose a file in models/{folder}."
+                f"The bundled model {name} is missing. The latent ones come with every installation (install this node "
+                f"pack again), those of pixels with its repository only. Or choose a file in models/{folder}."
             )
         return file
     found = folder_paths.get_full_path(folder, name)
@@ -73,13 +71,10 @@ def model_path(folder: str, name: str) -> Path:
 
 
 def latent_world_file(name: str) -> Path:
-    """A file of the bundled latent models. Raises ValueError where this installation came without them."""
+    """A file of the bundled latent models. Raises ValueError where it is missing."""
     path = BUNDLED / "latent" / f"{name}.safetensors"
     if not path.is_file():
-        raise ValueError(
-            f"{path.name} of the bundled latent models is missing: they come with this pack's repository, not with the "
-            "registry's package. Install from the repository, or use models of your own."
-        )
+        raise ValueError(f"{path.name} of the bundled latent models is missing. Install this node pack again.")
     return path
 
 

@@ -123,15 +123,15 @@ def _check_made_for(encoder: CleanCLIP, view: View) -> None:
     if right and isinstance(view, LinearView):
         if encoder.config.covariance is None:
             raise ValueError(
-                f'This noisy CLIP says that it was made for "{made_for}", but not for which noise: its file has no '
+                f'This encoder says that it was made for "{made_for}", but not for which noise: its file has no '
                 "covariance. Export it again, or use a clean one with Load CLIP (SDG)."
             )
         wanted = torch.tensor(encoder.config.covariance)
         right = bool((wanted - view.covariance).norm() <= COVARIANCE_TOLERANCE * view.covariance.norm())
     if not right and isinstance(encoder, Classifier):
         raise ValueError(
-            f'This classifier reads the noisy pictures of pixel models, but this model is seen as "{view.name}". Use '
-            "it with a pixel model, from Load ADM (SDG), or guide by text with Load CLIP (SDG)."
+            f'This classifier was made for "{made_for}", but this model is seen as "{view.name}". Use it with a model '
+            f'that is seen as "{made_for}", such as a bundled one of Load ADM (SDG), or guide by text.'
         )
     if not right:
         raise ValueError(

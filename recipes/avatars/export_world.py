@@ -1,4 +1,4 @@
-"""Exports the 128 px world to sdg_core/avatars/world: fp16 safetensors, and a sheet of held-out renders.
+"""Exports the 128 px world to sdg_core/avatars/latent: fp16 safetensors, and a sheet of held-out renders.
 
 `python export_world.py --data DIR --out DIR [--to DIR]` reads the checkpoints in --out; what is not there is left out.
 """
@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import train_classifier
 import train_clip
 import train_world_autoencoder
 import train_world_judge
@@ -27,7 +28,7 @@ from export import average
 from train_world_clip import vocabulary
 from world_data import in_memory, load
 
-from sdg_core.avatars import BUNDLED, Judge, save_held_out, save_renders
+from sdg_core.avatars import LATENT, Judge, save_held_out, save_renders
 from sdg_core.encoders import save_noisy_clip
 from sdg_core.files import save
 from sdg_core.method import LatentFormat
@@ -94,6 +95,11 @@ def export_judge(data: Path, out: Path, to: Path) -> None:
     save_held_out(to / "held_out.safetensors", torch.cat(features), torch.from_numpy(labels))
 
 
+def export_classifier(data: Path, out: Path, to: Path) -> None:
+    config = train_classifier.config(train_world_noisy_clip.view_of(out, "latents"))
+    save(to / "classifier.safetensors", "classifier", asdict(config), average(out, "classifier"))
+
+
 def export_renders(data: Path, out: Path, to: Path) -> None:
     images, labels = load(data, "test", 128)
     save_renders(to / "renders.png", np.asarray(images[:RENDERS]), labels[:RENDERS], columns=16)
@@ -106,6 +112,7 @@ PARTS = {
     "noisy_clip_latents": functools.partial(export_noisy_clip, "latents", "noisy_clip.safetensors"),
     "noisy_clip_pixels": functools.partial(export_noisy_clip, "pixels", "noisy_clip_pixels.safetensors"),
     "world_judge": export_judge,
+    "classifier": export_classifier,
 }
 
 
@@ -123,6 +130,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--to", type=Path, default=BUNDLED / "world")
+    parser.add_argument("--to", type=Path, default=LATENT)
     args = parser.parse_args()
     export(args.data, args.out, args.to)

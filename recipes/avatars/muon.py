@@ -51,7 +51,10 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"].mul_(group["momentum"]).add_(p.grad)
                 g = p.grad.add(state["momentum"], alpha=group["momentum"]).flatten(1)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(orthogonal(g.to(self.dtype)).view_as(p), alpha=-group["lr"] * max(1.0, g.shape[0] / g.shape[1]) ** 0.5)
+                p.add_(
+                    orthogonal(g.to(self.dtype)).view_as(p),
+                    alpha=-group["lr"] * max(1.0, g.shape[0] / g.shape[1]) ** 0.5,
+                )
 
 
 def split(model: nn.Module, keep: Iterable[str] = ()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -1,13 +1,15 @@
 """The bundled world of avatars: small trained models, a judge that shares no weights with them, and what they measure.
 
 ``files`` says where the models are, ``world`` opens and samples them, ``judge`` and ``metrics`` measure pictures,
-``evaluate`` measures guidance, ``relative`` what relative strength does, ``demo`` draws the first picture.
+``jobs`` samples many, ``evaluate`` measures guidance, ``comparison`` sets it beside other systems, ``relative`` says
+what relative strength does, ``demo`` draws the first picture.
 """
 
 from .demo import draw_demo
-from .evaluate import MODEL_SUITES, SUITES, Row, Settings, as_json, evaluate
+from .evaluate import MODEL_SUITES, SUITES, as_json, evaluate
 from .files import (
     BUNDLED,
+    LATENT,
     NAME,
     HeldOut,
     bundled_latent_encoder,
@@ -19,6 +21,7 @@ from .files import (
     save_held_out,
     save_renders,
 )
+from .jobs import Row, Settings
 from .judge import Judge, load_judge
 from .world import (
     CLEAN_INTERVAL,
@@ -42,6 +45,7 @@ __all__ = [
     "BUNDLED",
     "CLEAN_INTERVAL",
     "CLEAN_SCALE",
+    "LATENT",
     "MODEL_SUITES",
     "NAME",
     "NOISY_INTERVAL",

@@ -12,7 +12,7 @@ from torch import Tensor
 from .world import Pull, World, sample, seeded_noise
 
 SEEDS = tuple(range(8))
-TILE, GAP, LABEL, REFERENCE = 96, 8, 250, 112
+TILE, GAP, LABEL, REFERENCE = 128, 8, 250, 144
 INK, PAPER, QUIET = "#1d1d1f", "#ffffff", "#6e6e73"
 
 
@@ -26,7 +26,7 @@ class DemoRow:
 
 
 def demo_rows(world: World) -> list[DemoRow]:
-    """Unguided, text, two texts, each image guidance, and text and image combined."""
+    """Unguided, text, two attributes, each image guidance, and text and image combined."""
     face, brush = find_render(world, style="flat", background="yellow"), find_render(world, style="pixel", hat=True)
     text = Pull("text", "a person with glasses and blue background")
     return [
@@ -37,10 +37,31 @@ def demo_rows(world: World) -> list[DemoRow]:
         DemoRow("Structure", "its layout as well", (Pull("structure", face),)),
         DemoRow("Style", "its strokes and palette", (Pull("style", brush),)),
         DemoRow(
-            "Text + content",
-            "a person with green hair",
-            (Pull("text", "a person with green hair", 300.0), Pull("content", face, 75.0)),
+            "Text + structure",
+            "a person with green hair\nin the picture's layout",
+            (Pull("text", "a person with green hair"), Pull("structure", face, world.scales["structure"] / 2)),
         ),
+    ]
+
+
+GALLERY = (
+    "someone with violet hair and spectacles",
+    "doodle with a green backdrop",
+    "comic portrait with a smile",
+    "profile icon with headgear, orange background",
+    "8-bit picture with facial hair",
+    "line drawing with a short haircut, pink behind",
+    "caricature with grey hair and a frown",
+    "flat illustration with blonde hair",
+)
+"""Prompts in words that no scale was chosen on."""
+GALLERY_SEEDS = tuple(range(1000, 1008))
+
+
+def gallery_rows(world: World) -> list[DemoRow]:
+    """A row for each prompt of the gallery."""
+    return [
+        DemoRow(text.split(" with ")[0], f"with {text.split(' with ')[1]}", (Pull("text", text),)) for text in GALLERY
     ]
 
 
@@ -54,37 +75,38 @@ def find_render(world: World, **wanted: object) -> Tensor:
     raise LookupError(f"No held-out render has {wanted}.")
 
 
-def draw_demo(world: World, steps: int, progress: Callable[[int, int], None]) -> Image.Image:
+def draw_demo(world: World, steps: int, progress: Callable[[int, int], None], gallery: bool = False) -> Image.Image:
     """Samples every row from the same seeds and draws the grid. ``progress(done, total)`` counts sampler steps."""
-    rows = demo_rows(world)
+    rows, seeds = (gallery_rows(world), GALLERY_SEEDS) if gallery else (demo_rows(world), SEEDS)
     channels, size, _ = world.denoiser.shape
-    noise = seeded_noise(SEEDS, size, channels)
+    noise = seeded_noise(seeds, size, channels)
     pictures, total = [], steps * len(rows)
     for i, row in enumerate(rows):
         count = lambda step, i=i: progress(i * steps + step.index + 1, total)  # noqa: E731
         pictures.append(sample(world, row.pulls, noise, steps=steps, progress=count))
-    return draw_grid(rows, pictures)
+    return draw_grid(rows, pictures, seeds)
 
 
-def draw_grid(rows: Sequence[DemoRow], pictures: Sequence[Tensor]) -> Image.Image:
-    """The rows with their labels and references; pictures (len(SEEDS), 3, S, S) per row."""
-    head = 34
-    width = LABEL + REFERENCE + len(SEEDS) * (TILE + GAP) + GAP
+def draw_grid(rows: Sequence[DemoRow], pictures: Sequence[Tensor], seeds: Sequence[int] = SEEDS) -> Image.Image:
+    """The rows with their labels, and their references where any has one; pictures (len(seeds), 3, S, S) per row."""
+    references = [[pull.target for pull in row.pulls if isinstance(pull.target, Tensor)] for row in rows]
+    head, left = 34, LABEL + (REFERENCE if any(references) else 0)
+    width = left + len(seeds) * (TILE + GAP) + GAP
     grid = Image.new("RGB", (width, head + len(rows) * (TILE + GAP) + GAP), PAPER)
     draw = ImageDraw.Draw(grid)
     bold, plain = ImageFont.load_default(size=18), ImageFont.load_default(size=14)
-    draw.text((LABEL, 10), "reference", QUIET, plain)
-    for column, seed in enumerate(SEEDS):
-        draw.text((LABEL + REFERENCE + column * (TILE + GAP), 10), f"seed {seed}", QUIET, plain)
-    for y, (row, images) in enumerate(zip(rows, pictures, strict=True)):
+    if any(references):
+        draw.text((LABEL, 10), "reference", QUIET, plain)
+    for column, seed in enumerate(seeds):
+        draw.text((left + column * (TILE + GAP), 10), f"seed {seed}", QUIET, plain)
+    for y, (row, targets, images) in enumerate(zip(rows, references, pictures, strict=True)):
         top = head + y * (TILE + GAP)
-        draw.text((14, top + 18), row.title, INK, bold)
-        draw.multiline_text((14, top + 44), row.detail, QUIET, plain, spacing=4)
-        references = [pull.target for pull in row.pulls if not isinstance(pull.target, str)]
-        for reference in references[:1]:
+        draw.text((14, top + TILE // 2 - 30), row.title, INK, bold)
+        draw.multiline_text((14, top + TILE // 2 - 4), row.detail, QUIET, plain, spacing=4)
+        for reference in targets[:1]:
             grid.paste(tile(reference), (LABEL, top))
         for x, image in enumerate(images):
-            grid.paste(tile(image), (LABEL + REFERENCE + x * (TILE + GAP), top))
+            grid.paste(tile(image), (left + x * (TILE + GAP), top))
     return grid
 
 

@@ -10,9 +10,9 @@ import functools
 import itertools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from multiprocessing import get_context
 from typing import Literal
@@ -22,7 +22,33 @@ from torch import Tensor
 
 from ..method import DEFAULT_SCALE, Convention, Kind, Strength, guide
 from . import relative
+from .comparison import table_rows
+from .editing import composition_rows, edit_rows
 from .files import bundled_latent_encoder
+from .jobs import (
+    ATTRIBUTES,
+    BLOCK_SEEDS,
+    CHUNK,
+    JUDGE_BAR,
+    REFERENCES,
+    Job,
+    Progress,
+    Row,
+    Settings,
+    farther,
+    hits,
+    judge_accuracy,
+    mean_of,
+    pictures,
+    possible,
+    prompt,
+    scored_values,
+    spread_over,
+    spreads,
+    start_worker,
+    with_twins,
+    worker_world,
+)
 from .metrics import (
     frechet_distance,
     grain,
@@ -31,142 +57,24 @@ from .metrics import (
     layout_correlation,
     nearest,
     psnr,
-    spread,
 )
 from .world import (
     LATENT_MODELS,
-    RELATIVE_CAP,
     RELATIVE_INTERVAL,
     ROUTES,
     STEPS,
     Pull,
-    Sampler,
     World,
     WorldName,
     open_world,
-    sample,
     seeded_noise,
 )
 
-STYLE_WORDS = {
-    "ink": "ink drawing",
-    "pixel": "pixel art",
-    "sketch": "sketch",
-    "blob": "blob",
-    "flat": "flat cartoon",
-    "grin": "grinning cartoon",
-    "toon": "toon",
-    "icon": "icon",
-}
-ATTRIBUTES = ("background", "hair", "glasses", "hat", "style")
 SMALL = ("expression", "length")  # attributes of few pixels: scored beside the others, not in their mean
-PHRASES = {"glasses": "glasses", "hat": "a hat", "beard": "a beard", "expression": "a {} face", "length": "{} hair"}
-JUDGE_BAR = 0.9  # an attribute is scored only where the judge is right this often on held-out renders
-REFERENCES = 64
 LATENT_REFERENCES = 16  # fewer and larger batches
-BANK = 4_096  # held-out renders that say what is real
-BLOCK_SEEDS = 100_000  # seeds of a block
-CHUNK = 16  # pictures sampled together
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement: over n samples, guided and unguided from the same seeds, and the value it should reach.
-
-    ``cost_ms``: what guidance adds to a step, a picture, where that was measured.
-    """
-
-    name: str
-    n: int
-    value: float
-    unguided: float
-    bar: float | None
-    cost_ms: float | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """Pictures to sample: the same pulls for every seed."""
-
-    pulls: tuple[Pull, ...]
-    seeds: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the suite samples. ``samples`` is n of a row.
-
-    ``block`` picks seeds, references and joined prompts. The default scales were chosen on block 0, so its figures
-    flatter them; report block 1.
-    """
-
-    samples: int = 256
-    steps: int = 0  # 0: as the README's measurements, ``world.STEPS``
-    sampler: Sampler = "euler_ancestral"
-    strength: Strength = field(default_factory=Strength)
-    cap: float = RELATIVE_CAP  # of the suite relative
-    block: int = 1
-    processes: int = 0  # 0: one per core
-    world: WorldName = field(default_factory=WorldName)
-    references: int = REFERENCES
-    only: str = "*"  # which rows of the suites latent and relative, as a pattern of their names
-    intervals: Mapping[Kind, tuple[float, float]] | None = None  # None: the world's
-
-
-def prompt(wish: Mapping[str, object]) -> str:
-    """The shortest prompt for some attributes: {"hair": "pink", "hat": True} -> "a person with pink hair and a hat"."""
-    subject = STYLE_WORDS[str(wish["style"])] if "style" in wish else "a person"
-    parts = [PHRASES.get(name, f"{{}} {name}").format(value) for name, value in wish.items() if name != "style"]
-    return subject + (" with " + " and ".join(parts) if parts else "")
-
-
-def scored_values(world: World, name: str) -> list[int]:
-    """Indices of an attribute's values that a prompt can ask for: all, or only True for what is there or not."""
-    values = world.judge.attributes[name]
-    return [1] if values == (False, True) else list(range(len(values)))
-
-
-def judge_accuracy(world: World) -> dict[str, float]:
-    """Share of held-out renders showing an attribute where the judge is right."""
-    seen, result = world.held_out, {}
-    for column, name in enumerate(world.judge.attributes):
-        truth = seen.labels[:, column]
-        guess = world.judge.heads[name](seen.features).argmax(dim=1)
-        result[name] = float((guess == truth)[truth >= 0].float().mean())
-    return result
 
 
 # --- sampling, in one process or several -------------------------------------------------------------------------
-
-_worker_world = functools.lru_cache(maxsize=1)(open_world)
-
-
-def _worker() -> None:
-    torch.set_num_threads(1)
-
-
-def _run(job: Job, settings: Settings) -> Tensor:
-    world = _worker_world(settings.world)
-    if settings.intervals is not None:
-        world = replace(world, intervals=settings.intervals)
-    channels, size, _ = world.denoiser.shape
-    noise = seeded_noise(job.seeds, size, channels)
-    steps = settings.steps or STEPS["latents" if settings.world.route else "pixels"]
-    return sample(
-        world, job.pulls, noise, steps=steps, sampler=settings.sampler, strength=settings.strength,
-        seed=job.seeds[0],
-    )  # fmt: skip
-
-
-def pictures(
-    pool: Executor, jobs: Sequence[Job], settings: Settings, progress: Callable[[int, int], None]
-) -> list[Tensor]:
-    """The pictures of every job, in order."""
-    done: list[Tensor] = []
-    for part in pool.map(_run, jobs, itertools.repeat(settings)):
-        done.append(part)
-        progress(len(done), len(jobs))
-    return done
 
 
 # --- suites ------------------------------------------------------------------------------------------------------
@@ -178,18 +86,6 @@ class Suite:
 
     jobs: list[Job]
     rows: Callable[[Tensor, Tensor], list[Row]]
-
-
-def spread_over(prompts: Sequence[tuple[Pull, ...]], settings: Settings) -> list[Job]:
-    """At least ``settings.samples`` pictures, shared evenly by the prompts; seeds run on through all of them."""
-    each = -(-settings.samples // len(prompts))
-    jobs, seed = [], settings.block * BLOCK_SEEDS
-    for pulls in prompts:
-        for start in range(0, each, CHUNK):
-            count = min(CHUNK, each - start)
-            jobs.append(Job(pulls, tuple(range(seed, seed + count))))
-            seed += count
-    return jobs
 
 
 TextRows = Callable[[Tensor, Tensor, Tensor, Tensor, list[Job]], list[Row]]
@@ -208,12 +104,6 @@ def text_suite(world: World, wishes: list[dict[str, int]], settings: Settings, r
         return rows(hits(world, images, asked), hits(world, twins, asked), images, twins, jobs)
 
     return Suite(jobs, read)
-
-
-def hits(world: World, images: Tensor, asked: Sequence[dict[str, int]]) -> Tensor:
-    """Whether the judge finds all that was asked for: (N,) of 0 and 1."""
-    verdict = world.judge.verdict(images)
-    return torch.tensor([float(all(verdict[k][i] == v for k, v in wish.items())) for i, wish in enumerate(asked)])
 
 
 def one_attribute(world: World, settings: Settings) -> list[Suite]:
@@ -247,31 +137,13 @@ def one_attribute(world: World, settings: Settings) -> list[Suite]:
 def overall(found: list[tuple[Row, list[tuple[float, float]], float]]) -> list[Row]:
     """Means over the attributes: accuracy, spread within a prompt over unguided, distance to the nearest render."""
     n = sum(row.n for row, *_ in found)
-    value, unguided = (_mean([getattr(row, key) for row, *_ in found]) for key in ("value", "unguided"))
-    ratios = [_mean([a / b for a, b in pairs]) for _, pairs, _ in found]
+    value, unguided = (mean_of([getattr(row, key) for row, *_ in found]) for key in ("value", "unguided"))
+    ratios = [mean_of([a / b for a, b in pairs]) for _, pairs, _ in found]
     return [
         Row("text/one attribute", n, value, unguided, 0.9),
-        Row("diversity", n, _mean(ratios), 1.0, 0.75),
-        Row("diversity/nearest render", n, _mean([near for *_, near in found]), 1.0, 1.12),
+        Row("diversity", n, mean_of(ratios), 1.0, 0.75),
+        Row("diversity/nearest render", n, mean_of([near for *_, near in found]), 1.0, 1.12),
     ]
-
-
-def farther(world: World, images: Tensor, twins: Tensor) -> float:
-    """Mean distance of the judge's features to the nearest held-out render, over that of the unguided twins."""
-    bank = world.held_out.features[:BANK]
-    guided, plain = (float(nearest(world.judge.features(x), bank).mean()) for x in (images, twins))
-    return guided / plain
-
-
-def spreads(world: World, images: Tensor, twins: Tensor, jobs: list[Job]) -> list[tuple[float, float]]:
-    """Spread of the judge's features within each prompt, guided and unguided from the same seeds."""
-    groups: dict[object, list[int]] = {}
-    position = 0
-    for job in jobs:
-        groups.setdefault(job.pulls[0].target, []).extend(range(position, position + len(job.seeds)))
-        position += len(job.seeds)
-    guided, plain = world.judge.features(images), world.judge.features(twins)
-    return [(spread(guided[rows]), spread(plain[rows])) for rows in groups.values() if len(rows) > 1]
 
 
 def two_attributes(world: World, settings: Settings) -> list[Suite]:
@@ -299,16 +171,6 @@ def joined(world: World, settings: Settings, count: Literal["two", "three"], bar
         return [Row(f"text/{count} attributes", len(hit), float(hit.mean()), float(twin_hit.mean()), bar)]
 
     return [text_suite(world, [wishes[i] for i in order.tolist()], settings, rows)]
-
-
-def possible(world: World, wish: dict[str, int]) -> bool:
-    """Whether any held-out render shows all of it: a blob has no hair and a toon no glasses."""
-    columns = {name: i for i, name in enumerate(world.judge.attributes)}
-    labels = world.held_out.labels
-    found = torch.ones(len(labels), dtype=torch.bool)
-    for name, value in wish.items():
-        found &= labels[:, columns[name]] == value
-    return bool(found.any())
 
 
 def reference_suite(
@@ -394,14 +256,11 @@ SUITES: dict[str, SuiteMaker] = {
 }
 
 
-Progress = Callable[[str, int, int], None]
-
-
 def evaluate(names: Sequence[str], settings: Settings, progress: Progress = lambda *_: None) -> list[Row]:
     """Rows of the named suites, in their order."""
     processes = settings.processes or os.cpu_count() or 1
     result: list[Row] = []
-    with ProcessPoolExecutor(processes, get_context("spawn"), _worker) as pool, torch.no_grad():
+    with ProcessPoolExecutor(processes, get_context("spawn"), start_worker) as pool, torch.no_grad():
         for name in names:
             if name in MODEL_SUITES:
                 result += MODEL_SUITES[name](pool, settings, progress)
@@ -418,9 +277,9 @@ def suite_rows(
     twins: dict[tuple[int, ...], Tensor] | None = None,
 ) -> list[Row]:
     """The rows of one suite in the world of the settings. ``twins`` keeps unguided pictures for suites that follow."""
-    world, result = _worker_world(settings.world), []
+    world, result = worker_world(settings.world), []
     for suite in make(world, settings):
-        guided, plain = _with_twins(pool, suite.jobs, {} if twins is None else twins, settings, progress)
+        guided, plain = with_twins(pool, suite.jobs, {} if twins is None else twins, settings, progress)
         result += suite.rows(guided, plain)
     return result
 
@@ -439,7 +298,7 @@ def latent_rows(pool: Executor, settings: Settings, progress: Progress) -> list[
             continue
         here = replace(settings, world=replace(settings.world, model=model, route=route))
         fewer = replace(here, references=LATENT_REFERENCES)
-        cost = step_cost(_worker_world(here.world))
+        cost = step_cost(worker_world(here.world))
         for name in chosen:
             twins = unguided.setdefault(model, {}) if name in LATENT_SUITES else {}
             step = functools.partial(progress, f"{model}/{route}/{name}")
@@ -570,7 +429,7 @@ def effect_rows(pool: Executor, settings: Settings, progress: Progress) -> list[
         if not any(fnmatch(name, settings.only) for name in names):
             continue
         here = replace(settings, world=replace(settings.world, model=model, route="clean linear"))
-        jobs = spread_over([(pull,) for pull in relative.targets(_worker_world(here.world))], here)
+        jobs = spread_over([(pull,) for pull in relative.targets(worker_world(here.world))], here)
         parts: list[relative.Effect] = []
         for part in pool.map(_effect, jobs, itertools.repeat(here), itertools.repeat(size)):
             parts.append(part)
@@ -585,7 +444,7 @@ def effect_rows(pool: Executor, settings: Settings, progress: Progress) -> list[
 
 
 def _effect(job: Job, settings: Settings, size: int) -> relative.Effect:
-    world = _worker_world(settings.world)
+    world = worker_world(settings.world)
     noise = seeded_noise(job.seeds, size, world.denoiser.shape[0])
     steps = settings.steps or STEPS["latents"]
     return relative.measure_effect(world, job.pulls[0], noise, settings.strength, steps)
@@ -605,23 +464,6 @@ def relative_quality(pool: Executor, settings: Settings, progress: Progress) -> 
                 rows = suite_rows(pool, make, here, functools.partial(progress, name), twins)
                 result += [replace(row, name=f"relative/{model}/{route}/{row.name}", bar=None) for row in rows]
     return result
-
-
-def _with_twins(
-    pool: Executor,
-    jobs: Sequence[Job],
-    twins: dict[tuple[int, ...], Tensor],
-    settings: Settings,
-    progress: Callable[[int, int], None],
-) -> tuple[Tensor, Tensor]:
-    """The pictures of the jobs, and unguided ones from the same seeds, both in job order.
-
-    ``twins`` keeps the unguided ones by their seeds, for suites that share them.
-    """
-    seeds = sorted({job.seeds for job in jobs} - set(twins))
-    made = pictures(pool, [*jobs, *(Job((), s) for s in seeds)], settings, progress)
-    twins.update(zip(seeds, made[len(jobs) :], strict=True))
-    return torch.cat(made[: len(jobs)]), torch.cat([twins[job.seeds] for job in jobs])
 
 
 # --- the models by themselves --------------------------------------------------------------------------------------
@@ -689,6 +531,9 @@ MODEL_SUITES: dict[str, Callable[[Executor, Settings, Progress], list[Row]]] = {
     "model": model_rows,
     "latent": latent_rows,
     "relative": relative_rows,
+    "table": table_rows,
+    "edit": edit_rows,
+    "composition": composition_rows,
 }
 """Suites over the latent models."""
 
@@ -709,7 +554,3 @@ def _means(
 ) -> tuple[float, float]:
     guided, plain = (float(measure(x, references).mean()) for x in (images, twins))
     return guided, plain
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -20,21 +20,23 @@ from ..method import LatentFormat
 from ..models import latent_encoder, load_tiny_autoencoder, read_adm
 
 BUNDLED = Path(__file__).parent
-"""The folder of the small models that come with the pack: adm, clip, noisy_clip and judge, each ``.safetensors``, and
-those of the latent world in ``latent``."""
+"""The folder of the small models that come with the pack: those of the 128 px world in ``latent``, and a pixel world of
+32 px, adm, noisy_clip and judge, beside it."""
+
+LATENT = BUNDLED / "latent"
 
 NAME = "avatars"
 """What the bundled CLIP and latents are called, as weights and as a latent format."""
 
 
-def load_bundled_clip(path: Path = BUNDLED / "clip.safetensors") -> CleanCLIP:
+def load_bundled_clip(path: Path = LATENT / "clip.safetensors") -> CleanCLIP:
     """The clean CLIP of the avatars, frozen, in eval mode."""
     return load_clip(path, NAME)
 
 
 def latent_model_file(prediction: str, folder: Path = BUNDLED) -> tuple[Path, str | None]:
-    """File and face (see ``read_adm``) of the bundled latent model that predicts "eps", "v" or "flow"."""
-    return folder / "latent" / f"{prediction}.safetensors", None
+    """File and face (see ``read_adm``) of the bundled latent model that predicts "eps", "v" or "flow": one network."""
+    return folder / "latent" / "model.safetensors", prediction
 
 
 def latent_space(folder: Path = BUNDLED) -> LatentFormat:

@@ -7,8 +7,8 @@ Three measures of a guided run beside its unguided twin from the same noise:
 - ``finished``: that distance of the finished latents: what the model has not undone by then.
 
 Distances are in units of x_0, whose variance is about 1. All models take the same noise levels sigma / alpha in Euler
-steps, under which one denoiser gives the same x_t / alpha in every convention. What differs then is the answer of
-models trained apart, and the size.
+steps, under which one denoiser gives the same x_t / alpha in every convention. The models are one network's faces, so
+what differs then is the size, and what the conventions make of rounding.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from ..method import Convention, GuidanceRun, Strength, Term, TimestepTable, exp
 from ..models import euler, normal_sigmas, percent_to_sigma
 from .world import RELATIVE_INTERVAL, Pull, World
 
-SIZES = (12, 16, 24)
-"""Sides of the latents. The models learned at 16."""
+SIZES = (24, 32, 48)
+"""Sides of the latents. The model learned at 32."""
 
 NOISE = TimestepTable.from_name("scaled_linear")
 """The noise levels of every run: latent diffusion's, from sigma / alpha = 14.6."""
@@ -41,6 +41,8 @@ class Effect(NamedTuple):
 
 def measure_effect(world: World, pull: Pull, noise: Tensor, strength: Strength, steps: int) -> Effect:
     """What one guidance does to runs from unit noise (B, C, H, W) of any size that the model takes."""
+    assert pull.kind != "class"
+    assert pull.kind != "direction"
     start, end = RELATIVE_INTERVAL[pull.kind]
     term = replace(world.term(pull), start=start, end=end)
     guided = _Recorded(world, _open_run(world, term, strength))

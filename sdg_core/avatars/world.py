@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +16,17 @@ from ..method import (
     DEFAULT_INTERVAL,
     DEFAULT_SCALE,
     PIXEL_VIEW,
+    ClassGuidance,
     ContentGuidance,
     Convention,
     DecodedView,
+    DirectionGuidance,
+    Goal,
     Guidance,
     GuidanceRun,
     Kind,
+    LowFrequencies,
+    Region,
     Strength,
     StructureGuidance,
     StyleGuidance,
@@ -31,29 +36,38 @@ from ..method import (
 )
 from ..models import (
     ADMDenoiser,
+    Classifier,
     Step,
     euler,
     euler_ancestral,
     euler_ancestral_flow,
     guided,
+    held,
     load_adm,
+    load_classifier,
     load_tiny_autoencoder,
     paper,
 )
-from .files import BUNDLED, HeldOut, latent_model_file, load_bundled_clip, load_renders
+from .files import BUNDLED, HeldOut, latent_model_file, load_bundled_clip, load_held_out, load_renders
 from .judge import Judge, load_judge
 
 Sampler = Literal["euler", "euler_ancestral", "paper"]
 SAMPLERS: tuple[Sampler, ...] = ("euler", "euler_ancestral", "paper")
 
 
-NOISY_SCALE = {**DEFAULT_SCALE, "text": 500.0}
-NOISY_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.9)}
+NOISY_SCALE: dict[Kind, float] = {"text": 150.0, "content": 200.0, "structure": 600.0, "style": 4000.0}
+NOISY_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.9), "style": (0.2, 1.0)}
 """Scales and intervals that the noisy CLIP was measured at on the latent models: their runs start at less noise."""
 
 CLEAN_SCALE: dict[Kind, float] = {"text": 600.0, "content": 600.0, "structure": 600.0, "style": 2000.0}
 CLEAN_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.95)}
 """Scales and intervals that clean encoders were measured at on the latent models: they pull less, and need longer."""
+
+OTHERS: dict[Literal["class", "direction"], tuple[float, tuple[float, float]]] = {
+    "class": (20.0, (0.0, 1.0)),
+    "direction": (300.0, (0.0, 1.0)),
+}
+"""Scales and intervals of classifier and direction guidance."""
 
 RELATIVE_CAP = 0.25
 RELATIVE_INTERVAL = dict.fromkeys(DEFAULT_SCALE, (0.05, 0.8))
@@ -66,13 +80,28 @@ STEPS = {"pixels": 50, "latents": 20}
 """Sampling steps of the measurements."""
 
 
+class Change(NamedTuple):
+    """An edit: a picture (3, h, w) in -1..1, and what a text about it should change from and to."""
+
+    picture: Tensor
+    before: str
+    after: str
+
+
 @dataclass(frozen=True)
 class Pull:
-    """One wish in plain words: a kind, a prompt or a reference picture (3, h, w) in -1..1, and a scale."""
+    """One wish in plain words: a kind, what it is towards, and a scale; None is the default one of its kind.
 
-    kind: Kind
-    target: str | Tensor
+    Towards a prompt, a reference picture (3, h, w) in -1..1, the name of a class of the world's classifier (of the kind
+    "class"), or a change. ``region`` (h, w) is where it acts, 1 inside; ``away`` turns it around, until nothing of it
+    is left.
+    """
+
+    kind: Kind | Literal["class", "direction"]
+    target: str | Tensor | Change
     scale: float | None = None
+    region: Tensor | None = None
+    away: bool = False
 
 
 Route = Literal["noisy linear", "clean linear", "clean decoded"]
@@ -109,6 +138,7 @@ class World:
     scales: Mapping[Kind, float] = field(default_factory=lambda: DEFAULT_SCALE)
     intervals: Mapping[Kind, tuple[float, float]] = field(default_factory=lambda: DEFAULT_INTERVAL)
     seen: HeldOut | None = None
+    classifier_file: Path | None = None
 
     @functools.cached_property
     def held_out(self) -> HeldOut:
@@ -128,13 +158,32 @@ class World:
 
     def term(self, pull: Pull) -> Term:
         """The pull as a term, at the default scale and interval of its kind unless it has its own scale."""
-        scale = self.scales[pull.kind] if pull.scale is None else pull.scale
-        return Term(self._guidance(pull), self.encoder, scale, *self.intervals[pull.kind])
+        if pull.kind == "class" or pull.kind == "direction":
+            (usual, interval), encoder = OTHERS[pull.kind], self.classifier if pull.kind == "class" else self.encoder
+        else:
+            usual, interval, encoder = self.scales[pull.kind], self.intervals[pull.kind], self.encoder
+        term = Term(self._guidance(pull), encoder, usual if pull.scale is None else pull.scale, *interval)
+        if pull.region is not None:
+            term = replace(term, region=Region(pull.region[None, None]))
+        return replace(term, scale=-term.scale, goal=Goal(0.0, adapted=False)) if pull.away else term
+
+    @functools.cached_property
+    def classifier(self) -> Classifier:
+        """The classifier of noisy pictures. Raises ValueError in worlds without one."""
+        if self.classifier_file is None:
+            raise ValueError("The pixel world has no classifier of its own. Open the latent one.")
+        return load_classifier(self.classifier_file)
 
     def _guidance(self, pull: Pull) -> Guidance:
+        if pull.kind == "class":
+            return ClassGuidance(self.classifier.number_of(str(pull.target)))
         if isinstance(pull.target, str):
             with torch.no_grad():
                 return TextGuidance(self.encoder.encode_text([pull.target]))
+        if isinstance(pull.target, Change):
+            with torch.no_grad():
+                before, after = self.encoder.encode_text([pull.target.before, pull.target.after]).tensor_split(2)
+            return DirectionGuidance(pull.target.picture[None], after - before)
         kinds: dict[str, Callable[[Tensor], Guidance]] = {
             "content": ContentGuidance, "structure": StructureGuidance, "style": StyleGuidance
         }  # fmt: skip
@@ -159,7 +208,7 @@ def open_world(name: WorldName) -> World:
 
 
 def load_latent_world(name: WorldName) -> World:
-    """A latent model with the encoder and view of the name's route; references and judge are the pixel world's."""
+    """The 128 px world: a face of its latent model, with the encoder and view of the name's route."""
     latent = name.folder / "latent"
     denoiser = ADMDenoiser(load_adm(*latent_model_file(name.model, name.folder)))
     autoencoder = load_tiny_autoencoder(latent / "autoencoder.safetensors")
@@ -170,12 +219,12 @@ def load_latent_world(name: WorldName) -> World:
     if noisy:
         encoder: CleanCLIP = load_noisy_clip(latent / "noisy_clip.safetensors")
     else:
-        encoder = load_bundled_clip(name.folder / "clip.safetensors")
-    renders, labels = load_renders(name.folder / "renders.png")
+        encoder = load_bundled_clip(latent / "clip.safetensors")
+    renders, labels = load_renders(latent / "renders.png")
     return World(
         denoiser,
         encoder,
-        load_judge(name.folder / "judge.safetensors"),
+        load_judge(latent / "judge.safetensors"),
         renders,
         labels,
         decoded if name.route == "clean decoded" else space.linear_view(),
@@ -183,6 +232,8 @@ def load_latent_world(name: WorldName) -> World:
         decoded,
         NOISY_SCALE if noisy else CLEAN_SCALE,
         NOISY_INTERVAL if noisy else CLEAN_INTERVAL,
+        load_held_out(latent / "held_out.safetensors"),
+        latent / "classifier.safetensors",
     )
 
 
@@ -206,24 +257,31 @@ def sample(
     strength: Strength | None = None,
     seed: int = 0,
     progress: Callable[[Step], object] = lambda step: None,
+    low: LowFrequencies | None = None,
+    picture: Tensor | None = None,
+    denoise: float = 1.0,
 ) -> Tensor:
     """Guided pictures (B, 3, S, S), about -1..1, from unit noise of the shape that the model draws.
 
-    ``seed`` drives the noise that ancestral samplers add (the first noise is given). ``strength`` does not apply to
-    the paper's sampler.
+    ``seed`` drives the noise that ancestral samplers add (the first noise is given). ``low``: frequencies that the
+    pictures keep (ILVR). Neither that nor ``strength`` applies to the paper's sampler. ``picture`` (1 or B, C, H, W),
+    in the model's own space, is where a run at ``denoise`` below 1 starts, as in ComfyUI.
     """
     denoiser = world.denoiser
     run = world.open_run(tuple(world.term(pull) for pull in pulls), strength or Strength())
-    sigmas = denoiser.sigmas(steps)
-    x = denoiser.initial(noise, sigmas)
+    sigmas = denoiser.sigmas(int(steps / denoise))[-(steps + 1) :]
+    x = denoiser.initial(noise, sigmas) if picture is None else denoiser.noised(picture, noise, sigmas)
     generator = torch.Generator().manual_seed(seed + 1)  # ComfyUI's step noise on the CPU starts one seed further
     ancestral = euler_ancestral_flow if denoiser.convention is Convention.FLOW else euler_ancestral
+    estimate = guided(denoiser, run)
+    if low is not None:
+        estimate = held(estimate, low, denoiser.percent_to_sigma())
     if sampler == "paper":
         process = paper(denoiser.predict, x, sigmas, generator, run)
     elif sampler == "euler_ancestral":
-        process = ancestral(guided(denoiser, run), x, sigmas, generator)
+        process = ancestral(estimate, x, sigmas, generator)
     else:
-        process = euler(guided(denoiser, run), x, sigmas)
+        process = euler(estimate, x, sigmas)
     for step in process:
         progress(step)
         x = step.x

@@ -22,7 +22,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The parsers of both."""
     demo = commands.add_parser("demo", help="draw a labelled grid of every guidance with the bundled models")
     demo.add_argument("--out", type=Path, default=Path("demo.png"))
-    demo.add_argument("--steps", type=int, default=50)
+    demo.add_argument("--steps", type=int, default=30)
+    demo.add_argument("--gallery", action="store_true", help="prompts in many words instead, a row for each")
     demo.set_defaults(run=run_demo)
     add_world(demo)
     add_models(demo)
@@ -47,7 +48,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def add_world(parser: argparse.ArgumentParser) -> None:
     """Which of the bundled worlds."""
-    parser.add_argument("--world", choices=WORLDS, default="pixels", help="the pixel model, or the latent one")
+    parser.add_argument("--world", choices=WORLDS, default="latents", help="128 px by latents, or 32 px by pixels")
 
 
 def world_of(args: argparse.Namespace) -> World:
@@ -58,7 +59,7 @@ def run_demo(args: argparse.Namespace) -> None:
     """`sdg demo`: the grid, with progress, and where it is."""
     world = world_of(args)
     with tqdm(desc="Drawing", unit="step") as bar:
-        picture = draw_demo(world, args.steps, lambda done, total: advance(bar, done, total))
+        picture = draw_demo(world, args.steps, lambda done, total: advance(bar, done, total), args.gallery)
     picture.save(args.out)
     print(f"Wrote {args.out.resolve()}")
 

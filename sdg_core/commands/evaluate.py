@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..avatars import (
-    BUNDLED,
+    LATENT,
     MODEL_SUITES,
     NAME,
     RELATIVE_CAP,
@@ -149,8 +149,8 @@ def run_evaluate_noisy_clip(args: argparse.Namespace) -> None:
 
 
 def bundled_renders() -> list[Tensor]:
-    """The held-out renders that come with the pack, (32, 32, 3) uint8."""
-    renders, _ = load_renders(BUNDLED / "renders.png")
+    """The held-out renders that come with the pack, (128, 128, 3) uint8."""
+    renders, _ = load_renders(LATENT / "renders.png")
     return list(((renders + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous())
 
 

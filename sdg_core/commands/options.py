@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..avatars import BUNDLED, NAME, bundled_latent_encoder, load_bundled_clip
+from ..avatars import BUNDLED, LATENT, NAME, bundled_latent_encoder, load_bundled_clip
 from ..encoders import CleanCLIP, open_clip_models
 from ..method import LinearView
 from ..models import latent_encoder, load_tiny_encoder
@@ -45,6 +45,6 @@ def sight_of(args: argparse.Namespace, clean: CleanCLIP) -> StudentSight:
         return StudentSight(size, view)
     if not isinstance(view, LinearView):
         raise ValueError("A VAE is of use with a linear view only. Leave --vae out, or choose --view linear:...")
-    if str(args.vae) == NAME or args.vae == BUNDLED / "latent" / "autoencoder.safetensors":
+    if str(args.vae) == NAME or args.vae == LATENT / "autoencoder.safetensors":
         return StudentSight(size, view, *bundled_latent_encoder())
     return StudentSight(size, view, *latent_encoder(load_tiny_encoder(args.vae)))

@@ -28,12 +28,16 @@ class ClassifierConfig:
     """Everything but the weights.
 
     ``body`` shapes the encoding half of the UNet; what concerns the output of a diffusion model is not read. Its
-    ``beta_schedule`` is the one that t counts in. ``class_names`` may be empty; then classes go by number.
+    ``beta_schedule`` is the one that t counts in. ``class_names`` may be empty; then classes go by number. ``view``
+    says what it reads, "pixels" or "linear:<latent format>"; ``covariance`` (3, 3) is that of unit noise between the
+    colours through a linear view.
     """
 
     body: ADMConfig
     classes: int = 1000
     class_names: tuple[str, ...] = ()
+    view: str = "pixels"
+    covariance: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.class_names and len(self.class_names) != self.classes:
@@ -42,7 +46,14 @@ class ClassifierConfig:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> ClassifierConfig:
         """The config written by ``asdict`` through JSON."""
-        return cls(ADMConfig.from_json(fields["body"]), fields["classes"], tuple(fields["class_names"]))
+        covariance = fields.get("covariance")
+        return cls(
+            ADMConfig.from_json(fields["body"]),
+            fields["classes"],
+            tuple(fields["class_names"]),
+            fields.get("view", "pixels"),
+            None if covariance is None else tuple(map(tuple, covariance)),
+        )
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> ClassifierConfig:
@@ -148,7 +159,6 @@ class Classifier(nn.Module):
 
     reads: Literal["noisy"] = "noisy"
     full_depth = 1
-    view = "pixels"
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
@@ -166,6 +176,11 @@ class Classifier(nn.Module):
     if TYPE_CHECKING:  # a module's call is its forward
 
         def __call__(self, image: Tensor, t: Tensor, depth: int) -> Features: ...
+
+    @property
+    def view(self) -> str:
+        """What it reads."""
+        return self.config.view
 
     @property
     def image_size(self) -> int:

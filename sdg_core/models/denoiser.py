@@ -65,6 +65,11 @@ class ADMDenoiser:
         """x at the first sigma, from unit noise."""
         return noise * sigmas[0] if self.convention is Convention.FLOW else initial(noise, sigmas[0])
 
+    def noised(self, x_0: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+        """x at the first sigma, from clean x_0 and unit noise."""
+        s = sigmas[0]
+        return (1 - s) * x_0 + s * noise if self.convention is Convention.FLOW else x_0 + s * noise
+
     def percent_to_sigma(self) -> Callable[[float], float]:
         """Fraction of the run -> sigma, as ComfyUI counts it."""
         return (lambda percent: 1 - percent) if self.convention is Convention.FLOW else percent_to_sigma(self.table)

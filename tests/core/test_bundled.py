@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from sdg_core import commands
-from sdg_core.avatars import BUNDLED, Pull, World, WorldName, load_world, open_world, sample, seeded_noise
+from sdg_core.avatars import BUNDLED, LATENT, Pull, World, WorldName, load_world, open_world, sample, seeded_noise
 from sdg_core.avatars.demo import SEEDS, demo_rows, draw_grid
-from sdg_core.avatars.evaluate import hits, judge_accuracy
-from sdg_core.avatars.metrics import layout_correlation
+from sdg_core.avatars.jobs import hits, judge_accuracy
+from sdg_core.avatars.metrics import grain, layout_correlation
 from sdg_core.avatars.world import LATENT_MODELS, ROUTES
 from sdg_core.method import DEFAULT_SCALE, Goal, Strength, guide
 from sdg_core.models import euler, guided
@@ -26,8 +26,33 @@ def world():
     return load_world()
 
 
+@pytest.fixture(scope="module")
+def latents():
+    """The 128 px world."""
+    return open_world(WorldName(model="v", route="noisy linear"))
+
+
 def test_all_bundled_files_stay_within_their_budget():
-    assert sum(path.stat().st_size for path in BUNDLED.glob("*.*") if path.suffix != ".py") <= 32 * 2**20
+    sizes = {path: path.stat().st_size for path in BUNDLED.rglob("*") if path.suffix in (".safetensors", ".png")}
+    assert sum(sizes.values()) <= 60e6
+    assert sum(size for path, size in sizes.items() if path.parent == LATENT) <= 40e6  # the registry's package
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wish"),
+    [
+        ("someone with a green backdrop", {"background": "green"}),
+        ("comic with spectacles", {"glasses": True}),
+    ],
+)
+def test_text_guidance_of_latents_draws_what_the_prompt_names(latents, prompt, wish):
+    wanted = {name: latents.judge.attributes[name].index(value) for name, value in wish.items()}
+    noise = seeded_noise(range(16), 32, 4)
+    guided, plain = (sample(latents, pulls, noise, steps=20) for pulls in ([Pull("text", prompt)], []))
+    assert guided.shape == (16, 3, 128, 128)
+    assert hits(latents, guided, [wanted] * 16).mean() >= 0.8
+    assert hits(latents, plain, [wanted] * 16).mean() <= 0.5
+    assert grain(plain).mean() < 0.02
 
 
 def test_judge_is_right_on_held_out_renders(world):
@@ -159,12 +184,12 @@ def test_the_order_of_guidances_does_not_matter_in_a_whole_run(exact_world):
     assert apart < max(1e-9, 100 * ulp)
 
 
-def test_demo_grid_has_a_row_for_every_guidance_and_room_for_every_label(world):
-    rows = demo_rows(world)
+def test_demo_grid_has_a_row_for_every_guidance_and_room_for_every_label(latents):
+    rows = demo_rows(latents)
     kinds = {pull.kind for row in rows for pull in row.pulls}
     assert kinds == set(DEFAULT_SCALE)
     assert not rows[0].pulls
-    grid = draw_grid(rows, [torch.zeros(len(SEEDS), 3, 32, 32)] * len(rows))
+    grid = draw_grid(rows, [torch.zeros(len(SEEDS), 3, 128, 128)] * len(rows))
     labels = torch.tensor(list(grid.crop((0, 0, 250, grid.height)).convert("L").tobytes()))
     edge = torch.tensor(list(grid.crop((246, 40, 250, grid.height)).convert("L").tobytes()))
     assert labels.min() < 128  # text is drawn

@@ -76,7 +76,7 @@ def test_deviation_is_the_farthest_value_from_the_mean():
     assert deviation([0.9, 1.0, 1.1]) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("size", [12, 24])
+@pytest.mark.parametrize("size", [24, 48])
 @pytest.mark.parametrize("model", ["eps", "v", "flow"])
 def test_every_shift_is_the_cap_times_the_models_own_step(model, size):
     world = load_latent_world(WorldName(model=model, route="clean linear"))
@@ -90,7 +90,7 @@ def test_one_value_pulls_alike_on_eps_v_and_flow_at_three_sizes(capsys):
     """The measurement in small: 8 runs of 6 steps a cell, whose mean is known to some 6 %; in full it holds 10 %."""
     *cells, deviation_row = evaluated(capsys, "--only", "relative/*/pull", "--samples", "8", "--steps", "6")
     assert [row["name"] for row in cells] == [
-        f"relative/{model}/{size}/pull" for model in ("eps", "v", "flow") for size in (12, 16, 24)
+        f"relative/{model}/{size}/pull" for model in ("eps", "v", "flow") for size in (24, 32, 48)
     ]
     assert deviation_row["name"] == "relative/deviation/pull"
     assert deviation_row["value"] == deviation([row["value"] for row in cells]) < 0.2
@@ -98,9 +98,9 @@ def test_one_value_pulls_alike_on_eps_v_and_flow_at_three_sizes(capsys):
 
 def test_quality_under_relative_strength_is_measured(capsys):
     wanted = "relative/v/clean linear/structure"
-    rows = evaluated(capsys, "--only", f"{wanted}*", "--samples", "16", "--steps", "6")
+    rows = evaluated(capsys, "--only", f"{wanted}*", "--samples", "16", "--steps", "10")
     assert [row["name"] for row in rows] == [wanted, f"{wanted}/nearest render"]
-    assert rows[0]["value"] > rows[0]["unguided"] + 0.2
+    assert rows[0]["value"] > rows[0]["unguided"] + 0.15
 
 
 def evaluated(capsys, *options: str) -> list[dict]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sdg_core.avatars import BUNDLED, load_bundled_clip, load_held_out, load_judge, load_renders
+from sdg_core.avatars import LATENT, load_bundled_clip, load_held_out, load_judge, load_renders
 from sdg_core.avatars.metrics import grain, psnr
 from sdg_core.encoders import load_noisy_clip
 from sdg_core.files import load
 from sdg_core.method import LatentFormat, unit
 from sdg_core.models import load_tiny_autoencoder
 
-WORLD = BUNDLED / "world"
 PROMPTS = {
     "background": "a person with {} background",
     "hair": "a person with {} hair",
@@ -24,16 +23,16 @@ OTHER_WORDS = {"glasses": ("bare eyes", "spectacles"), "hat": ("a bare head", "h
 @pytest.fixture(scope="module")
 def renders():
     """Pictures (N, 3, 128, 128) and labels of the sheet."""
-    return load_renders(WORLD / "renders.png")
+    return load_renders(LATENT / "renders.png")
 
 
 @pytest.fixture(scope="module")
 def judge():
-    return load_judge(WORLD / "judge.safetensors")
+    return load_judge(LATENT / "judge.safetensors")
 
 
 def test_the_autoencoder_keeps_lines_and_flat_areas(renders):
-    autoencoder, picture = load_tiny_autoencoder(WORLD / "autoencoder.safetensors"), renders[0][:64]
+    autoencoder, picture = load_tiny_autoencoder(LATENT / "autoencoder.safetensors"), renders[0][:64]
     with torch.no_grad():
         latents = autoencoder.encoder((picture + 1) / 2)
         again = autoencoder.decoder(latents).clamp(0, 1) * 2 - 1
@@ -43,7 +42,7 @@ def test_the_autoencoder_keeps_lines_and_flat_areas(renders):
 
 
 def test_the_judge_is_right_on_held_out_renders(judge):
-    seen = load_held_out(WORLD / "held_out.safetensors")
+    seen = load_held_out(LATENT / "held_out.safetensors")
     for column, (name, head) in enumerate(judge.heads.items()):
         truth = seen.labels[:, column]
         right = (head(seen.features).argmax(dim=1) == truth)[truth >= 0].float().mean()
@@ -51,7 +50,7 @@ def test_the_judge_is_right_on_held_out_renders(judge):
 
 
 def test_kept_features_are_what_the_judge_sees(judge, renders):
-    seen, (pictures, labels) = load_held_out(WORLD / "held_out.safetensors"), renders
+    seen, (pictures, labels) = load_held_out(LATENT / "held_out.safetensors"), renders
     with torch.no_grad():
         features = judge.features(pictures[:32])
     torch.testing.assert_close(features, seen.features[:32], rtol=0.02, atol=0.02)
@@ -60,7 +59,7 @@ def test_kept_features_are_what_the_judge_sees(judge, renders):
 
 @pytest.mark.parametrize("name", [*PROMPTS, *OTHER_WORDS])
 def test_the_clip_names_what_a_drawing_shows(judge, renders, name):
-    clip, (pictures, labels) = load_bundled_clip(WORLD / "clip.safetensors"), renders
+    clip, (pictures, labels) = load_bundled_clip(LATENT / "clip.safetensors"), renders
     values = judge.attributes[name]
     if name in PROMPTS:
         prompts = [PROMPTS[name].format(value) for value in values]
@@ -75,10 +74,10 @@ def test_the_clip_names_what_a_drawing_shows(judge, renders, name):
 
 def test_the_noisy_clip_finds_latents_in_noise_where_the_clean_one_does_not(renders):
     """The linear picture of latents at sigma / alpha 1: looked up among the clean embeddings of 256 renders."""
-    noisy, clean = load_noisy_clip(WORLD / "noisy_clip.safetensors"), load_bundled_clip(WORLD / "clip.safetensors")
-    config, _ = load(WORLD / "autoencoder.safetensors", "autoencoder")
+    noisy, clean = load_noisy_clip(LATENT / "noisy_clip.safetensors"), load_bundled_clip(LATENT / "clip.safetensors")
+    config, _ = load(LATENT / "autoencoder.safetensors", "autoencoder")
     space = LatentFormat.from_json(config["latent_format"])
-    autoencoder, view = load_tiny_autoencoder(WORLD / "autoencoder.safetensors"), space.linear_view()
+    autoencoder, view = load_tiny_autoencoder(LATENT / "autoencoder.safetensors"), space.linear_view()
     assert noisy.config.view == view.name
     found = []
     with torch.no_grad():

@@ -13,16 +13,19 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from sdg_core.avatars import NOISY_INTERVAL, NOISY_SCALE  # noqa: E402
+from sdg_core.avatars import CLEAN_INTERVAL, CLEAN_SCALE, NOISY_INTERVAL, NOISY_SCALE  # noqa: E402
+from sdg_core.avatars.editing import DENOISE, DIRECTION, KEEP, REGIONS  # noqa: E402
+from sdg_core.avatars.world import OTHERS  # noqa: E402
 from sdg_core.method import DEFAULT_INTERVAL, DEFAULT_SCALE, StructureGuidance, StyleGuidance  # noqa: E402
 
 STRUCTURE_LAYERS, STYLE_LAYERS = (",".join(map(str, kind.layers)) for kind in (StructureGuidance, StyleGuidance))
 BUNDLED = "avatars (bundled)"
+CLASS_SETTINGS = [OTHERS["class"][0], *OTHERS["class"][1]]
 ILVR_FACTOR, ILVR_PROMPT = 8, "a person with glasses"
 SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     "SDGLoadADM": ([], [("MODEL", "MODEL"), ("blank", "CONDITIONING")]),
     "SDGLoadNoisyCLIP": ([], [("NOISY_CLIP", "NOISY_CLIP")]),
-    "SDGEmptyPixelLatent": ([], [("LATENT", "LATENT")]),
+    "SDGEmptyPixelLatent": ([("vae", "VAE")], [("LATENT", "LATENT")]),
     "SDGTextGuidance": ([("noisy_clip", "NOISY_CLIP")], [("GUIDANCE", "SDG_GUIDANCE")]),
     "SDGContentGuidance": ([("noisy_clip", "NOISY_CLIP"), ("image", "IMAGE")], [("GUIDANCE", "SDG_GUIDANCE")]),
     "SDGStructureGuidance": ([("noisy_clip", "NOISY_CLIP"), ("image", "IMAGE")], [("GUIDANCE", "SDG_GUIDANCE")]),
@@ -34,12 +37,22 @@ SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     ),
     "SDGGuidanceTarget": ([("guidance", "SDG_GUIDANCE")], [("GUIDANCE", "SDG_GUIDANCE")]),
     "SDGGuidanceAway": ([("guidance", "SDG_GUIDANCE")], [("GUIDANCE", "SDG_GUIDANCE")]),
+    "SDGGuidanceReferences": ([("guidance", "SDG_GUIDANCE")], [("GUIDANCE", "SDG_GUIDANCE")]),
+    "SDGGuidanceAugment": ([("guidance", "SDG_GUIDANCE")], [("GUIDANCE", "SDG_GUIDANCE")]),
+    "SDGGuidanceBudget": ([("guidance", "SDG_GUIDANCE")], [("GUIDANCE", "SDG_GUIDANCE")]),
+    "SDGDirectionGuidance": ([("noisy_clip", "NOISY_CLIP"), ("image", "IMAGE")], [("GUIDANCE", "SDG_GUIDANCE")]),
+    "SDGLoadClassifier": ([], [("CLASSIFIER", "SDG_CLASSIFIER")]),
+    "SDGClassifierGuidance": ([("classifier", "SDG_CLASSIFIER")], [("GUIDANCE", "SDG_GUIDANCE")]),
     "SolidMask": ([], [("MASK", "MASK")]),
+    "InvertMask": ([("mask", "MASK")], [("MASK", "MASK")]),
+    "MaskComposite": ([("destination", "MASK"), ("source", "MASK")], [("MASK", "MASK")]),
+    "ImageBatch": ([("image1", "IMAGE"), ("image2", "IMAGE")], [("IMAGE", "IMAGE")]),
+    "RepeatLatentBatch": ([("samples", "LATENT")], [("LATENT", "LATENT")]),
     "SDGILVRReference": ([("model", "MODEL"), ("image", "IMAGE"), ("vae", "VAE")], [("MODEL", "MODEL")]),
     "SDGGuidedKSampler": (
         [
             ("model", "MODEL"), ("latent_image", "LATENT"), ("guidance", "SDG_GUIDANCE"),
-            ("positive", "CONDITIONING"), ("negative", "CONDITIONING"),
+            ("positive", "CONDITIONING"), ("negative", "CONDITIONING"), ("vae", "VAE"),
         ],
         [("LATENT", "LATENT")],
     ),
@@ -62,7 +75,8 @@ SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
 SIZES = {
     "SDGTextGuidance": (340, 230), "SDGContentGuidance": (340, 150), "SDGStructureGuidance": (340, 180),
     "SDGGuidanceSchedule": (340, 160), "SDGGuidanceMask": (340, 130), "SDGGuidanceTarget": (340, 100),
-    "SDGGuidanceAway": (340, 100),
+    "SDGGuidanceAway": (340, 100), "SDGGuidanceReferences": (340, 130), "SDGGuidanceAugment": (340, 160),
+    "SDGGuidanceBudget": (340, 100), "SDGDirectionGuidance": (340, 300), "SDGClassifierGuidance": (340, 180),
     "SDGStyleGuidance": (340, 210), "SDGCombineGuidance": (340, 220), "SDGGuidedKSampler": (320, 360),
     "VAEDecode": (300, 60), "ImageScale": (300, 140), "PreviewImage": (300, 300), "SaveImage": (560, 640),
     "Note": (340, 190), "SDGFinetuneNoisyCLIP": (360, 620), "SDGSaveNoisyCLIP": (300, 200),
@@ -71,9 +85,16 @@ SIZES = {
 NOTES = ("Note", "MarkdownNote")
 
 
+SIDE = 128
+"""Pixels of the bundled latent models' pictures."""
+MODEL, CLIP = "avatars latent v (bundled)", "avatars latent (bundled)"
+SAMPLING = ["fixed", 30, 1.0, "euler_ancestral", "normal", 1.0, "absolute", 1.0, "auto"]
+"""Widgets of Guided KSampler after the seed."""
+
+
 def settings(kind: str, *layers: str) -> list:
-    """Default widget values of a guidance node: scale, layers if it has them, start and end."""
-    return [DEFAULT_SCALE[kind], *layers, *DEFAULT_INTERVAL[kind]]
+    """Widget values of a guidance node as measured on the latent models: scale, layers if any, start and end."""
+    return [NOISY_SCALE[kind], *layers, *NOISY_INTERVAL[kind]]
 
 
 @dataclass
@@ -141,32 +162,38 @@ def models(graph: Graph, note: str) -> Models:
     graph.group("Models", -20, -80, 380, 720)
     graph.add("Note", "About", (0, 430), [note])
     return Models(
-        graph.add("SDGLoadADM", "Load ADM (SDG)", (0, 0), [BUNDLED]),
-        graph.add("SDGLoadNoisyCLIP", "Load Noisy CLIP (SDG)", (0, 140), [BUNDLED]),
-        graph.add("VAELoader", "Load VAE: pixel_space", (0, 280), ["pixel_space"]),
+        graph.add("SDGLoadADM", "Load ADM (SDG)", (0, 0), [MODEL]),
+        graph.add("SDGLoadNoisyCLIP", "Load Noisy CLIP (SDG)", (0, 140), [CLIP]),
+        graph.add("SDGLoadAutoencoder", "Load Autoencoder (SDG)", (0, 280), []),
     )
 
 
 def sampler(graph: Graph, models: Models, at: tuple[int, int], guidance: int, batch: int, seed: int) -> int:
     """Empty latent, Guided KSampler and VAE Decode; gives the decoded picture."""
     x, y = at
-    latent = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (x, y + 420), [32, 32, batch])
-    widgets = [seed, "fixed", 50, 1.0, "euler", "normal", 1.0, "absolute", 1.0]
+    empty = [SIDE, SIDE, batch]
+    latent = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (x, y + 420), empty, vae=models.vae)
+    return sampled(graph, models, at, guidance, latent, [seed, *SAMPLING])
+
+
+def sampled(
+    graph: Graph, models: Models, at: tuple[int, int], guidance: int, latent: int, widgets: list, **more: int
+) -> int:
+    """Guided KSampler and VAE Decode."""
+    x, y = at
     samples = graph.add(
         "SDGGuidedKSampler", "Guided KSampler (SDG)", at, widgets,
-        model=models.adm, latent_image=latent, guidance=guidance,
+        model=models.adm, latent_image=latent, guidance=guidance, **more,
     )  # fmt: skip
     return graph.add("VAEDecode", "VAE Decode", (x + 360, y), [], samples=samples, vae=models.vae)
 
 
-def enlarged(graph: Graph, image: int, at: tuple[int, int], name: str = "") -> None:
-    """The picture at 256 pixels, saved under a name or only shown."""
-    x, y = at
-    large = graph.add("ImageScale", "Enlarge", at, ["nearest-exact", 256, 256, "disabled"], image=image)
+def shown(graph: Graph, image: int, at: tuple[int, int], name: str = "") -> None:
+    """The picture, saved under a name or only shown."""
     if name:
-        graph.add("SaveImage", "Save Image", (x + 340, y - 100), [f"SDG/{name}"], images=large)
+        graph.add("SaveImage", "Save Image", at, [f"SDG/{name}"], images=image)
     else:
-        graph.add("PreviewImage", "Reference", (x, y + 190), [], images=large)
+        graph.add("PreviewImage", "Reference", at, [], images=image)
 
 
 def text(graph: Graph, models: Models, at: tuple[int, int], prompt: str, title: str = "Text Guidance (SDG)") -> int:
@@ -178,14 +205,14 @@ def reference(graph: Graph, models: Models, y: int, prompt: str, seed: int, titl
     graph.group(title, 380, y - 80, 1180, 720)
     guidance = text(graph, models, (400, y), prompt)
     image = sampler(graph, models, (800, y), guidance, 1, seed)
-    enlarged(graph, image, (1160, y + 100))
+    shown(graph, image, (1160, y + 120))
     return image
 
 
 def result(graph: Graph, models: Models, y: int, guidance: int, seed: int, name: str, title: str) -> None:
     graph.group(title, 380, y - 80, 1740, 840)
     image = sampler(graph, models, (800, y), guidance, 4, seed)
-    enlarged(graph, image, (1160, y + 100), name)
+    shown(graph, image, (1500, y), name)
 
 
 def text_example() -> None:
@@ -258,49 +285,165 @@ def ilvr_example() -> None:
                       "text; so does a lower end_percent.")  # fmt: skip
     image = reference(graph, m, 0, "a person with red hair, yellow background", 3, "1. A reference")
     held = graph.add(
-        "SDGILVRReference", "ILVR Reference (SDG)", (400, 800), [ILVR_FACTOR, 0.0, 1.0], model=m.adm, image=image
-    )
+        "SDGILVRReference", "ILVR Reference (SDG)", (400, 800), [ILVR_FACTOR, 0.0, 1.0],
+        model=m.adm, image=image, vae=m.vae,
+    )  # fmt: skip
     words = text(graph, m, (400, 1060), ILVR_PROMPT)
     result(graph, replace(m, adm=held), 800, words, 0, "ilvr", "2. Its low frequencies, with what the text adds")
     graph.save("ilvr")
 
 
-def latent_text_example() -> None:
+def classifier_example() -> None:
+    graph = Graph()
+    m = models(graph, "ADM's own guidance, by a classifier of noisy pictures: it pulls towards one of the classes that "
+                      "it was trained on.\n\nThe bundled one knows single attributes: blue background, pink hair, "
+                      "glasses, no hat, pixel art. Compare with Text Guidance, which takes any words.")  # fmt: skip
+    classifier = graph.add("SDGLoadClassifier", "Load Classifier (SDG)", (400, 0), [CLIP])
+    guidance = graph.add(
+        "SDGClassifierGuidance", "Classifier Guidance (SDG)", (400, 160), ["green background", *CLASS_SETTINGS],
+        classifier=classifier,
+    )  # fmt: skip
+    result(graph, m, 0, guidance, 0, "classifier", "Sample under a class")
+    graph.save("classifier")
+
+
+def regions_example() -> None:
+    graph = Graph()
+    m = models(graph, "Two texts, each with its own part of the picture: Guidance Mask bounds what a text reads and "
+                      "changes.\n\nDraw masks with ComfyUI's mask editor; here they are the two halves.")  # fmt: skip
+    graph.group("1. Masks", -820, 720, 760, 560)
+    black = graph.add("SolidMask", "Nothing", (-800, 800), [0.0, SIDE, SIDE])
+    half = graph.add("SolidMask", "Half", (-800, 960), [1.0, SIDE // 2, SIDE])
+    left = graph.add("MaskComposite", "Left", (-460, 800), [0, 0, "add"], destination=black, source=half)
+    right = graph.add("InvertMask", "Right", (-460, 1000), [], mask=left)
+    masked = []
+    graph.group("2. Texts", -20, 720, 380, 1000)
+    for y, colour, mask in ((800, "blue", left), (1260, "green", right)):
+        words = text(graph, m, (0, y), f"a person with {colour} hair")
+        masked.append(
+            graph.add("SDGGuidanceMask", "Guidance Mask (SDG)", (0, y + 280), [0.0], guidance=words, mask=mask)
+        )
+    both = graph.add(
+        "SDGCombineGuidance", "Combine Guidance (SDG)", (400, 800), [REGIONS, REGIONS, 1.0, 1.0],
+        guidance_1=masked[0], guidance_2=masked[1],
+    )  # fmt: skip
+    result(graph, m, 800, both, 0, "regions", "3. Blue hair left, green hair right")
+    graph.save("regions")
+
+
+def edit_example() -> None:
+    graph = Graph()
+    m = models(graph, "Edits a picture as one text changes into another. Direction Guidance follows the change of "
+                      "texts, Structure Guidance keeps the rest, a denoise below 1 starts from the picture.\n\nThe "
+                      "first row samples a picture; Load Image can take its place.")  # fmt: skip
+    image = reference(graph, m, 0, "flat cartoon with black hair, yellow background", 3, "1. Before")
+    change = graph.add(
+        "SDGDirectionGuidance", "Direction Guidance (SDG)", (0, 800),
+        ["a person with black hair", "a person with pink hair", DIRECTION, *OTHERS["direction"][1]],
+        noisy_clip=m.clip, image=image,
+    )  # fmt: skip
+    keep = graph.add(
+        "SDGStructureGuidance", "Structure Guidance (SDG)", (0, 1160),
+        [KEEP, STRUCTURE_LAYERS, *NOISY_INTERVAL["structure"]], noisy_clip=m.clip, image=image,
+    )  # fmt: skip
+    both = graph.add(
+        "SDGCombineGuidance", "Combine Guidance (SDG)", (400, 800), [1.0, 1.0, 1.0, 1.0],
+        guidance_1=change, guidance_2=keep,
+    )  # fmt: skip
+    graph.group("2. The change", -20, 720, 380, 660)
+    graph.group("3. After", 380, 720, 1740, 840)
+    latent = graph.add("VAEEncode", "VAE Encode", (400, 1120), [], pixels=image, vae=m.vae)
+    four = graph.add("RepeatLatentBatch", "Four of it", (400, 1290), [4], samples=latent)
+    widgets = [0, *SAMPLING]
+    widgets[6] = DENOISE
+    shown(graph, sampled(graph, m, (800, 800), both, four, widgets), (1500, 800), "edit")
+    graph.save("edit")
+
+
+def references_example() -> None:
+    graph = Graph()
+    m = models(graph, "Several references for one guidance: Guidance References lets every picture follow the one that "
+                      "it fits best. Guidance Target stops at a similarity instead of pulling on, Guidance Budget "
+                      "bounds what guidance costs.\n\nOther choices: mean, in turn, one each.")  # fmt: skip
+    first = reference(graph, m, 0, "flat cartoon with red hair and yellow background", 3, "1. A reference")
+    second = reference(graph, m, 800, "toon with green hair and blue background", 5, "2. Another one")
+    pair = graph.add("ImageBatch", "Both", (0, 1600), [], image1=first, image2=second)
+    content = graph.add(
+        "SDGContentGuidance", "Content Guidance (SDG)", (0, 1760), [*settings("content")],
+        noisy_clip=m.clip, image=pair,
+    )  # fmt: skip
+    several = graph.add(
+        "SDGGuidanceReferences", "Guidance References (SDG)", (400, 1600), ["nearest", ""], guidance=content
+    )
+    target = graph.add("SDGGuidanceTarget", "Guidance Target (SDG)", (400, 1780), [0.8], guidance=several)
+    budget = graph.add("SDGGuidanceBudget", "Guidance Budget (SDG)", (400, 1930), [50.0], guidance=target)
+    graph.group("3. Both at once", -20, 1520, 380, 440)
+    result(graph, m, 1600, budget, 0, "references", "4. Each follows the one it fits best")
+    graph.save("references")
+
+
+def clean_clip_example() -> None:
+    graph = Graph()
+    graph.group("Models", -20, -80, 380, 820)
+    note = (
+        "Guidance with a CLIP that never saw noise, as you have one for every model: it reads the model's estimate, "
+        "decoded. Guidance Augment shows it random crops, so that it is harder to please by patterns nobody sees.\n\n"
+        "A noisy CLIP, trained for your model with Fine-tune Noisy CLIP, does better and costs less."
+    )
+    graph.add("Note", "About", (0, 530), [note])
+    adm = graph.add("SDGLoadADM", "Load ADM (SDG)", (0, 0), [MODEL])
+    clip = graph.add("SDGLoadCLIP", "Load CLIP (SDG)", (0, 140), [BUNDLED, "RN50", ""])
+    vae = graph.add("SDGLoadAutoencoder", "Load Autoencoder (SDG)", (0, 340), [])
+    words = graph.add(
+        "SDGTextGuidance", "Text Guidance (SDG)", (400, 0),
+        ["a person with green background", CLEAN_SCALE["text"], *CLEAN_INTERVAL["text"]], noisy_clip=clip,
+    )  # fmt: skip
+    crops = graph.add("SDGGuidanceAugment", "Guidance Augment (SDG)", (400, 270), [4, 0.7, False], guidance=words)
+    graph.group("Sample under a text", 380, -80, 1740, 840)
+    m = Models(adm, clip, vae)
+    latent = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (800, 420), [SIDE, SIDE, 4], vae=vae)
+    widgets = [0, *SAMPLING]
+    widgets[-1] = "decoded"
+    shown(graph, sampled(graph, m, (800, 0), crops, latent, widgets, vae=vae), (1500, 0), "clean_clip")
+    graph.save("clean_clip")
+
+
+def pixels_example() -> None:
     graph = Graph()
     graph.group("Models", -20, -80, 380, 720)
-    adm = graph.add("SDGLoadADM", "Load ADM (SDG)", (0, 0), ["avatars latent flow (bundled)"])
-    clip = graph.add("SDGLoadNoisyCLIP", "Load Noisy CLIP (SDG)", (0, 140), ["avatars latent (bundled)"])
-    vae = graph.add("SDGLoadAutoencoder", "Load Autoencoder (SDG)", (0, 280), [])
     note = (
-        "Guidance of a latent model, as with SD, SDXL, SD3 or Flux: a flow model on 4-channel latents.\n\nThe noisy "
-        "CLIP was made for the linear picture of these latents, so nothing is decoded while sampling. Load CLIP works "
-        "too: then the model's estimate is read.\n\nThe text's scale is higher than for pixel models, and it acts "
-        "longer: a latent model's run starts at less noise."
+        "The paper's own path: a model that draws pixels, 32 x 32 of them, with a noisy CLIP that reads pixels.\n\n"
+        "Pictures are decoded by Load VAE, pixel_space. Published ADMs of 256 pixels, in models/adm, go the same way."
     )
     graph.add("Note", "About", (0, 430), [note])
+    adm = graph.add("SDGLoadADM", "Load ADM (SDG)", (0, 0), [BUNDLED])
+    clip = graph.add("SDGLoadNoisyCLIP", "Load Noisy CLIP (SDG)", (0, 140), [BUNDLED])
+    vae = graph.add("VAELoader", "Load VAE: pixel_space", (0, 280), ["pixel_space"])
     graph.group("Sample under a text", 380, -80, 1740, 840)
     guidance = graph.add(
         "SDGTextGuidance", "Text Guidance (SDG)", (400, 0),
-        ["a person with glasses and blue background", NOISY_SCALE["text"], *NOISY_INTERVAL["text"]], noisy_clip=clip,
+        ["a person with glasses and blue background", DEFAULT_SCALE["text"], *DEFAULT_INTERVAL["text"]],
+        noisy_clip=clip,
     )  # fmt: skip
-    canvas = graph.add("EmptyImage", "Empty Image", (400, 300), [32, 32, 4, 0])
-    latent = graph.add("VAEEncode", "VAE Encode", (800, 440), [], pixels=canvas, vae=vae)
-    widgets = [0, "fixed", 50, 1.0, "euler", "simple", 1.0, "absolute", 1.0, "auto"]
+    latent = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (800, 420), [32, 32, 4])
+    widgets = [0, "fixed", 50, 1.0, "euler", "normal", 1.0, "absolute", 1.0]
     samples = graph.add(
         "SDGGuidedKSampler", "Guided KSampler (SDG)", (800, 0), widgets,
         model=adm, latent_image=latent, guidance=guidance,
     )  # fmt: skip
     image = graph.add("VAEDecode", "VAE Decode", (1160, 0), [], samples=samples, vae=vae)
-    enlarged(graph, image, (1160, 100), "latent_text")
-    graph.save("latent_text")
+    widgets = ["nearest-exact", 256, 256, "disabled"]
+    large = graph.add("ImageScale", "Enlarge", (1160, 100), widgets, image=image)
+    shown(graph, large, (1500, 0), "pixels")
+    graph.save("pixels")
 
 
 def finetune_example() -> None:
     graph = Graph()
     graph.group("Models", -20, -80, 380, 960)
-    adm = graph.add("SDGLoadADM", "Load ADM (SDG)", (0, 0), [BUNDLED])
+    adm = graph.add("SDGLoadADM", "Load ADM (SDG)", (0, 0), [MODEL])
     clip = graph.add("SDGLoadCLIP", "Load CLIP (SDG)", (0, 140), [BUNDLED, "RN50", ""])
-    vae = graph.add("VAELoader", "Load VAE: pixel_space", (0, 340), ["pixel_space"])
+    vae = graph.add("SDGLoadAutoencoder", "Load Autoencoder (SDG)", (0, 340), [])
     note = (
         "Teaches a clean CLIP to read noise, on pictures that the diffusion model draws itself, and guides with the "
         "result.\n\nThis is a trial of a minute or two. For a real one, give a folder of a few thousand pictures, and "
@@ -308,7 +451,7 @@ def finetune_example() -> None:
     )
     graph.add("Note", "About", (0, 500), [note])
     graph.group("1. Pictures to learn from", 380, -80, 740, 760)
-    empty = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (400, 420), [32, 32, 64])
+    empty = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (400, 420), [SIDE, SIDE, 64], vae=vae)
     widgets = [7, "fixed", 10, 1.0, "dpmpp_2m", "karras", 1.0, "absolute", 1.0]
     drawn = graph.add(
         "SDGGuidedKSampler", "Unguided: no guidance connected", (400, 0), widgets, model=adm, latent_image=empty
@@ -317,7 +460,7 @@ def finetune_example() -> None:
     graph.group("2. Fine-tune", 1140, -80, 740, 960)
     tuned = graph.add(
         "SDGFinetuneNoisyCLIP", "Fine-tune Noisy CLIP (SDG)", (1160, 0),
-        [100, 32, 64, 0.0006, "all", "angle", 0, 0, ""], clip=clip, images=images, model=adm,
+        [100, 32, 64, 0.0006, "all", "angle", 0, 0, ""], clip=clip, images=images, model=adm, vae=vae,
     )  # fmt: skip
     graph.add("PreviewImage", "Found again under noise", (1560, 0), [], images=tuned)
     graph.add(
@@ -329,14 +472,13 @@ def finetune_example() -> None:
         "SDGTextGuidance", "Text Guidance (SDG)", (1920, 0),
         ["a person with blue background", *settings("text")], noisy_clip=tuned,
     )  # fmt: skip
-    four = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (2320, 420), [32, 32, 4])
-    widgets = [0, "fixed", 50, 1.0, "euler", "normal", 1.0, "absolute", 1.0]
+    four = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (2320, 420), [SIDE, SIDE, 4], vae=vae)
     samples = graph.add(
-        "SDGGuidedKSampler", "Guided KSampler (SDG)", (2320, 0), widgets,
+        "SDGGuidedKSampler", "Guided KSampler (SDG)", (2320, 0), [0, *SAMPLING],
         model=adm, latent_image=four, guidance=guidance,
     )  # fmt: skip
     image = graph.add("VAEDecode", "VAE Decode", (2680, 0), [], samples=samples, vae=vae)
-    enlarged(graph, image, (2680, 100), "finetune")
+    shown(graph, image, (3020, 0), "finetune")
     graph.save("finetune")
 
 
@@ -369,9 +511,14 @@ def controls_example() -> None:
 
 if __name__ == "__main__":
     controls_example()
+    classifier_example()
+    regions_example()
+    edit_example()
+    references_example()
+    clean_clip_example()
     ilvr_example()
     finetune_example()
-    latent_text_example()
+    pixels_example()
     text_example()
     content_example()
     style_and_structure_example()

@@ -16,7 +16,8 @@ from server import ROOT, install, needs_download, serve, to_prompt
 
 
 def grid(pictures: list[Image.Image], gap: int = 8) -> Image.Image:
-    """Two columns on white."""
+    """Two columns on white, each picture 256 px wide."""
+    pictures = [picture.resize((256, 256), Image.Resampling.LANCZOS) for picture in pictures]
     w, h = pictures[0].size
     rows = (len(pictures) + 1) // 2
     sheet = Image.new("RGB", (2 * w + 3 * gap, rows * h + (rows + 1) * gap), "white")

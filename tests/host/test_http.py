@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import json
+import re
 import shutil
 import sys
 import urllib.request
@@ -20,13 +22,12 @@ from PIL import Image
 from torch import Tensor
 
 from sdg_core import avatars as worlds
-from sdg_core import encoders, models
 from sdg_core import method as guidance
-from sdg_core.method import Convention, GuidanceRun, Strength
+from sdg_core import models
+from sdg_core.method import Strength
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "example_workflows").glob("*.json"))}
-KINDS = ("adm", "noisy_clip")
 
 spec = importlib.util.spec_from_file_location("sdg_test_server", Path(__file__).with_name("server.py"))
 tools = importlib.util.module_from_spec(spec)
@@ -35,10 +36,13 @@ spec.loader.exec_module(tools)
 
 FOR_DOWNLOADS = [name for name, workflow in EXAMPLES.items() if tools.needs_download(workflow)]
 BUNDLED = [name for name in EXAMPLES if name not in FOR_DOWNLOADS]
-LATENT = ["latent_text"]
-TRAINING = ["finetune"]
+TRAINING, TIMED = ["finetune"], ["references"]
+"""Examples that the core does not repeat: one learns, one chooses by the time that steps take."""
 CONTROLS = {
     "SDGGuidanceSchedule": lambda term, values: replace(term, curves=(curve_of(values),), every=values["every"]),
+    "SDGGuidanceAugment": lambda term, values: replace(
+        term, augment=guidance.Augment(values["crops"], values["least"])
+    ),
     "SDGGuidanceAway": lambda term, values: replace(
         term, scale=-abs(term.scale), goal=guidance.Goal(values["until"], adapted=False)
     ),
@@ -51,21 +55,11 @@ def curve_of(values: dict) -> guidance.Curve:
 
 
 @pytest.fixture(scope="module")
-def random_weights() -> bool:
-    """Whether the bundled weights are missing."""
-    return not all((worlds.BUNDLED / f"{kind}.safetensors").is_file() for kind in KINDS)
-
-
-@pytest.fixture(scope="module")
-def installed(comfyui_path, models_folder, random_weights, tmp_path_factory) -> Path:
-    """A base directory with the pack, whose bundled weights are stood in for by random ones where they are missing."""
+def installed(comfyui_path, tmp_path_factory) -> Path:
+    """A base directory with the pack."""
     base = tmp_path_factory.mktemp("base")
-    avatars = tools.install(base) / "sdg_core/avatars"
+    tools.install(base)
     shutil.copy(comfyui_path / "input/example.png", base / "input")
-    avatars.mkdir(exist_ok=True)
-    if random_weights:
-        for kind in KINDS:
-            shutil.copy(models_folder / kind / "random.safetensors", avatars / f"{kind}.safetensors")
     return base
 
 
@@ -89,41 +83,81 @@ def pixels(file: bytes) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def evaluate(installed) -> Callable[[dict, str], Tensor]:
-    """evaluate(prompt, node id) -> that node's output, computed by the core alone."""
+    """evaluate(prompt, node id) -> that node's output, computed by the core alone; ``ulp`` changes noise by as much."""
     avatars = installed / "custom_nodes/semantic-diffusion-guidance/sdg_core/avatars"
-    denoiser = models.ADMDenoiser(models.load_adm(avatars / "adm.safetensors"))
-    clip = encoders.load_noisy_clip(avatars / "noisy_clip.safetensors")
+
+    encode, _ = worlds.bundled_latent_encoder(avatars)
+
+    @functools.cache
+    def world(name: str, route: str) -> worlds.World:
+        found = re.fullmatch(r"avatars latent (\w+) \(bundled\)", name)
+        return worlds.open_world(worlds.WorldName(avatars, *((found[1], route) if found else ())))
+
+    def world_of(prompt):
+        kinds = {node["class_type"] for node in prompt.values()}
+        (name,) = {node["inputs"]["adm_name"] for node in prompt.values() if node["class_type"] == "SDGLoadADM"}
+        return world(name, "clean decoded" if "SDGLoadCLIP" in kinds else "noisy linear")
 
     def term(kind, values, prompt):
-        image = None if kind == "SDGTextGuidance" else go(prompt, values["image"][0])
+        here = world_of(prompt)
+        clip = here.classifier if kind == "SDGClassifierGuidance" else here.encoder
+        image = go(prompt, values["image"][0]) if "image" in values else None
         layers = tuple(int(n) for n in values.get("layers", "1").split(","))
         made = {
             "SDGTextGuidance": lambda: guidance.TextGuidance(clip.encode_text([values["text"]])),
             "SDGContentGuidance": lambda: guidance.ContentGuidance(image),
             "SDGStructureGuidance": lambda: guidance.StructureGuidance(image, layers),
             "SDGStyleGuidance": lambda: guidance.StyleGuidance(image, layers, values.get("centred", True)),
+            "SDGClassifierGuidance": lambda: guidance.ClassGuidance(clip.number_of(values["class_name"])),
+            "SDGDirectionGuidance": lambda: guidance.DirectionGuidance(
+                image, clip.encode_text([values["to_text"]]) - clip.encode_text([values["from_text"]])
+            ),
         }[kind]()
         return (guidance.Term(made, clip, values["scale"], values["start_percent"], values["end_percent"]),)
 
+    changed = False
+
+    def noise(values, count, side, channels):
+        drawn = worlds.batch_noise(values["seed"], count, side, channels)
+        return torch.nextafter(drawn, torch.zeros_like(drawn)) if changed else drawn
+
     def sample(values, prompt):
-        terms = go(prompt, values["guidance"][0])
-        state = GuidanceRun(terms, Convention.VE, models.percent_to_sigma(denoiser.table), Strength(cap=values["cap"]))
-        sigmas = models.normal_sigmas(denoiser.table, values["steps"])
-        size = prompt[values["latent_image"][0]]["inputs"]
-        generator = torch.Generator().manual_seed(values["seed"])
-        noise = torch.randn(size["batch_size"], 3, size["height"], size["width"], generator=generator)
+        here = world_of(prompt)
+        denoiser, start = here.denoiser, prompt[values["latent_image"][0]]
+        state = here.open_run(go(prompt, values["guidance"][0]), Strength(cap=values["cap"]))
+        sigmas = denoiser.sigmas(int(values["steps"] / values["denoise"]))[-(values["steps"] + 1) :]
         denoise = held(models.guided(denoiser, state), prompt[values["model"][0]], prompt)
-        *_, last = models.euler(denoise, models.initial(noise, sigmas[0]), sigmas)
-        return ((last.x + 1) / 2).clamp(0, 1) * 2 - 1  # a picture of the host is 0..1: this rounds as it does
+        if start["class_type"] == "RepeatLatentBatch":
+            latents = go(prompt, values["latent_image"][0])
+            x = denoiser.noised(latents, noise(values, *latents.shape[:3:2], latents.shape[1]), sigmas)
+        else:
+            size = start["inputs"]
+            side = size["width"] * denoiser.shape[1] // here.renders.shape[-1]
+            x = denoiser.initial(noise(values, size["batch_size"], side, denoiser.shape[0]), sigmas)
+        if values["sampler_name"] == "euler":
+            *_, last = models.euler(denoise, x, sigmas)
+        else:
+            *_, last = models.euler_ancestral(denoise, x, sigmas, torch.Generator().manual_seed(values["seed"] + 1))
+        picture = (here.decode(last.x) + 1) / 2
+        return picture.clamp(0, 1) * 2 - 1  # a picture of the host is 0..1: this rounds as it does
 
     def held(denoise, node, prompt):
         if node["class_type"] != "SDGILVRReference":
             return denoise
-        values, to_sigma = node["inputs"], models.percent_to_sigma(denoiser.table)
-        low = guidance.LowFrequencies(
-            go(prompt, values["image"][0]), values["down_factor"], values["start_percent"], values["end_percent"]
-        )
+        values, to_sigma = node["inputs"], world_of(prompt).denoiser.percent_to_sigma()
+        reference = encode(go(prompt, values["image"][0]))
+        low = guidance.LowFrequencies(reference, values["down_factor"], values["start_percent"], values["end_percent"])
         return lambda x, sigma: low.hold(denoise(x, sigma), sigma, to_sigma)
+
+    def mask(prompt: dict, number: str) -> Tensor:
+        """(1, 1, H, W) of the regions example: the left half, or what is right of it."""
+        if prompt[number]["class_type"] == "InvertMask":
+            return 1 - mask(prompt, prompt[number]["inputs"]["mask"][0])
+        values = prompt[number]["inputs"]
+        whole, part = (prompt[values[name][0]]["inputs"] for name in ("destination", "source"))
+        result = torch.full((1, 1, whole["height"], whole["width"]), whole["value"])
+        result[..., : part["height"], : part["width"]] += part["value"]
+        return result
 
     def go(prompt: dict, number: str):
         kind, values = prompt[number]["class_type"], prompt[number]["inputs"]
@@ -134,13 +168,25 @@ def evaluate(installed) -> Callable[[dict, str], Tensor]:
             parts = [(go(prompt, values[f"guidance_{i}"][0]), values[f"weight_{i}"]) for i in used]
             blend = guidance.Blend(values.get("balance", 0.0), values.get("conflicts") == "project")
             return guidance.combine(parts, blend if blend.balance or blend.project else None)
+        if kind == "RepeatLatentBatch":
+            return go(prompt, values["samples"][0]).repeat(values["amount"], 1, 1, 1)
+        if kind == "VAEEncode":
+            return encode(go(prompt, values["pixels"][0]))
+        if kind == "SDGGuidanceMask":
+            region = guidance.Region(mask(prompt, values["mask"][0]))
+            return tuple(replace(term, region=region) for term in go(prompt, values["guidance"][0]))
         if kind in CONTROLS:
             return tuple(CONTROLS[kind](term, values) for term in go(prompt, values["guidance"][0]))
         if kind in ("VAEDecode", "ImageScale", "SaveImage"):
             return go(prompt, next(values[name] for name in ("samples", "image", "images") if name in values)[0])
         return term(kind, values, prompt)
 
-    return go
+    def evaluated(prompt: dict, number: str, ulp: bool = False) -> Tensor:
+        nonlocal changed
+        changed = ulp
+        return go(prompt, number)
+
+    return evaluated
 
 
 @pytest.mark.parametrize("name", BUNDLED)
@@ -148,33 +194,28 @@ def test_example_runs_as_it_is(server, info, name):
     entry = server.run(tools.to_prompt(EXAMPLES[name], info))
     assert entry["status"]["status_str"] == "success", entry["status"]
     seen = [pixels(file) for file in server.pictures(entry)]
-    assert [picture.shape for picture in seen] == [(256, 256, 3)] * 4
+    assert [picture.shape for picture in seen] == [(256, 256, 3) if name == "pixels" else (128, 128, 3)] * 4
     assert len({picture.tobytes() for picture in seen}) == 4
 
 
-def test_latent_example_gives_the_cores_picture(server, info):
-    prompt = tools.to_prompt(EXAMPLES["latent_text"], info)
-    seen = np.stack([pixels(file) for file in server.pictures(server.run(prompt))])[:, 4::8, 4::8]
-    world = worlds.open_world(worlds.WorldName(model="flow", route="noisy linear"))
-    text = next(node["inputs"]["text"] for node in prompt.values() if node["class_type"] == "SDGTextGuidance")
-    noise = worlds.batch_noise(0, 4, 16, 4)
-    wanted = worlds.sample(world, [worlds.Pull("text", text)], noise, steps=50, sampler="euler")
-    off = np.abs(seen.astype(int) - ((wanted.movedim(1, -1).numpy() + 1) * 127.5).astype(np.uint8))
-    print(f"latent_text: mean difference {off.mean():.3f}, largest {off.max():.1f} of 255")
-    assert off.max() <= 1
-
-
-@pytest.mark.parametrize("name", [name for name in BUNDLED if name not in (*LATENT, *TRAINING)])
+@pytest.mark.parametrize("name", [name for name in BUNDLED if name not in (*TRAINING, *TIMED)])
 def test_example_gives_the_cores_picture(server, info, evaluate, name):
+    """Within one of 255, or, where guidance amplifies rounding, ten times what one ulp of the noise grows to."""
     prompt = tools.to_prompt(EXAMPLES[name], info)
     files = server.pictures(server.run(prompt))
-    seen = np.stack([pixels(file) for file in files])[:, 4::8, 4::8]
+    seen = np.stack([pixels(file) for file in files])
+    if name == "pixels":
+        seen = seen[:, 4::8, 4::8]
     (output,) = [number for number, node in prompt.items() if node["class_type"] == "SaveImage"]
-    wanted = ((evaluate(prompt, output).movedim(1, -1).numpy() + 1) * 127.5).astype(np.uint8)
-    off = np.abs(seen.astype(int) - wanted)
-    print(f"{name}: mean difference {off.mean():.3f}, largest {off.max():.1f} of 255")
+    wanted, near = (
+        ((evaluate(prompt, output, ulp=ulp).movedim(1, -1).numpy() + 1) * 127.5).astype(np.uint8).astype(int)
+        for ulp in (False, True)
+    )
+    off, grown = np.abs(seen - wanted), np.abs(near - wanted)
+    print(f"{name}: mean difference {off.mean():.3f}, largest {off.max()} of 255; one ulp: {grown.mean():.3f}")
     assert seen.shape == wanted.shape
-    assert off.max() <= 1
+    assert off.max() <= 1 or off.mean() <= 10 * grown.mean()
+    assert off.mean() < 4
 
 
 # Graphs: nodes, links and values against the host's own schemas, also where the models are not here

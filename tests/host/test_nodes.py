@@ -92,10 +92,10 @@ def test_wrong_files_are_explained(run, models_folder, tmp_path_factory):
 def test_missing_bundled_weights_are_explained(run, pack, monkeypatch, tmp_path):
     monkeypatch.setattr(pack.files, "BUNDLED", tmp_path)
     name = pack.host.BUNDLED_NAME
-    wrong(run, r"bundled model avatars \(bundled\) is missing", "SDGLoadADM", adm_name=name)
+    wrong(run, r"bundled model avatars \(bundled\) is missing.* with its repository only", "SDGLoadADM", adm_name=name)
     wrong(run, "install this node pack again", "SDGLoadCLIP", clip_name=name, architecture="RN50", pretrained="")
-    wrong(run, "with its repository only", "SDGLoadADM", adm_name="avatars latent eps (bundled)")
-    wrong(run, "autoencoder.safetensors .* with this pack's repository", "SDGLoadAutoencoder")
+    wrong(run, "install this node pack again", "SDGLoadADM", adm_name="avatars latent eps (bundled)")
+    wrong(run, "autoencoder.safetensors .* Install this node pack again", "SDGLoadAutoencoder")
 
 
 def test_loaders_notice_a_changed_file(pack, models_folder):

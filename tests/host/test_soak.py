@@ -155,7 +155,7 @@ def ended(entry: dict | None) -> str:
 
 
 Run = Callable[[Soak, str], str]
-PLAIN = ["text", "content", "style_and_structure", "text_and_image", "latent_text", "crossfade", "pictures", "paper"]
+PLAIN = ["text", "content", "style_and_structure", "text_and_image", "pixels", "crossfade", "pictures", "paper"]
 PLAIN += ["decoded", "linear", "stable diffusion", "learn"]
 RUN_KINDS: dict[str, tuple[str, Run]] = {
     **dict.fromkeys(PLAIN, ("success", Soak.plain)),

@@ -1,0 +1,159 @@
+"""Edits of given pictures, and several wishes at once, by the judge.
+
+- edit: held-out renders that show hair, each to another hair colour: direction guidance, structure guidance to keep the
+  rest, a denoise below 1. `edit/reached`: share with the new colour. `edit/kept`: share of the other attributes that
+  are as the render's labels say.
+- composition: `two regions` (blue hair left, green hair right, by two masks: the judge reads each half with its mirror
+  image), `with and without` (red background, without glasses), `four at once` (three texts and a style).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .files import bundled_latent_encoder
+from .jobs import (
+    BLOCK_SEEDS,
+    REFERENCES,
+    Job,
+    Progress,
+    Row,
+    Settings,
+    pictures,
+    prompt,
+    spread_over,
+    with_twins,
+    worker_world,
+)
+from .world import Change, Pull, World
+
+DENOISE, DIRECTION, KEEP = 0.8, 300.0, 100.0
+"""Of the edit: denoise, and the scales of direction and structure guidance."""
+REGIONS = 3.0
+WITHOUT = 1.0
+MANY = {"text": 1.0, "style": 0.5}
+"""Parts of the default scales, where several act at once."""
+
+
+def edit_rows(pool: Executor, settings: Settings, progress: Progress) -> list[Row]:
+    """`edit/reached`, `edit/kept`: over settings.samples pictures; unguided: the same runs without guidance."""
+    here = _world_of(settings)
+    world = worker_world(here.world)
+    jobs, labels, wanted = _edits(world, here)
+    step = functools.partial(progress, "edit")
+    guided, plain = (
+        torch.cat(pictures(pool, part, here, step)).clamp(-1, 1)
+        for part in (jobs, [replace(job, pulls=()) for job in jobs])
+    )
+    rows = []
+    for name, measure in (("reached", _reached), ("kept", _kept)):
+        value, unguided = (measure(world, images, labels, wanted) for images in (guided, plain))
+        rows.append(Row(f"edit/{name}", len(jobs), value, unguided, {"reached": 0.7, "kept": 0.8}[name]))
+    return rows
+
+
+def _world_of(settings: Settings) -> Settings:
+    return replace(settings, world=replace(settings.world, model="v", route="noisy linear"))
+
+
+def _edits(world: World, settings: Settings) -> tuple[list[Job], Tensor, Tensor]:
+    """A job for each picture, what the pictures show (N, A), and the hair colour that each should get (N,)."""
+    names, (encode, _) = list(world.judge.attributes), bundled_latent_encoder()
+    column, colours = names.index("hair"), world.judge.attributes["hair"]
+    usable = torch.nonzero(world.labels[:, column] >= 0).flatten()[settings.block * REFERENCES :][: settings.samples]
+    labels = world.labels[usable]
+    wanted = (labels[:, column] + 1 + torch.arange(len(usable)) % (len(colours) - 1)) % len(colours)
+    jobs = []
+    for n, (i, old, new) in enumerate(zip(usable.tolist(), labels[:, column].tolist(), wanted.tolist(), strict=True)):
+        render = world.renders[i]
+        change = Change(render, prompt({"hair": colours[old]}), prompt({"hair": colours[new]}))
+        pulls = (Pull("direction", change, DIRECTION), Pull("structure", render, KEEP))
+        seed = settings.block * BLOCK_SEEDS + n
+        jobs.append(Job(pulls, (seed,), picture=encode(render[None]), denoise=DENOISE))
+    return jobs, labels, wanted
+
+
+def _reached(world: World, images: Tensor, labels: Tensor, wanted: Tensor) -> float:
+    return float((world.judge.verdict(images)["hair"] == wanted).float().mean())
+
+
+def _kept(world: World, images: Tensor, labels: Tensor, wanted: Tensor) -> float:
+    verdict, same, known = world.judge.verdict(images), 0.0, 0.0
+    for column, name in enumerate(world.judge.attributes):
+        if name != "hair":
+            shown = labels[:, column] >= 0
+            same += float((verdict[name] == labels[:, column])[shown].sum())
+            known += float(shown.sum())
+    return same / known
+
+
+# --- several wishes at once ----------------------------------------------------------------------------------------
+
+
+def composition_rows(pool: Executor, settings: Settings, progress: Progress) -> list[Row]:
+    """`composition/<two regions|with and without|four at once>`: share of pictures with all that was asked for."""
+    here = _world_of(settings)
+    world, result, twins = worker_world(here.world), [], dict[tuple[int, ...], Tensor]()
+    for name, (make, found) in COMPOSITIONS.items():
+        jobs = spread_over([make(world)], here)
+        step = functools.partial(progress, f"composition/{name}")
+        guided, plain = (x.clamp(-1, 1) for x in with_twins(pool, jobs, twins, here, step))
+        value, unguided = (float(found(world, images).float().mean()) for images in (guided, plain))
+        result.append(Row(f"composition/{name}", len(guided), value, unguided, 0.7))
+    return result
+
+
+def _two_regions(world: World) -> tuple[Pull, ...]:
+    left = torch.zeros(world.renders.shape[-2:])
+    left[:, : left.shape[1] // 2] = 1
+    scale = REGIONS * world.scales["text"]
+    blue, green = (prompt({"hair": colour}) for colour in ("blue", "green"))
+    return (Pull("text", blue, scale, region=left), Pull("text", green, scale, region=1 - left))
+
+
+def _halves_found(world: World, images: Tensor) -> Tensor:
+    """Whether the left half, made whole by its mirror image, has blue hair, and the right half green."""
+    left, right = images.tensor_split(2, dim=-1)
+    wholes = {"blue": torch.cat([left, left.flip(-1)], -1), "green": torch.cat([right.flip(-1), right], -1)}
+    return _all(world, wholes["blue"], {"hair": "blue"}) & _all(world, wholes["green"], {"hair": "green"})
+
+
+def _with_and_without(world: World) -> tuple[Pull, ...]:
+    away = Pull("text", prompt({"glasses": True}), WITHOUT * world.scales["text"], away=True)
+    return (Pull("text", prompt({"background": "red"})), away)
+
+
+def _four_at_once(world: World) -> tuple[Pull, ...]:
+    wishes = ({"background": "blue"}, {"glasses": True}, {"hat": True})
+    texts = [Pull("text", prompt(wish), MANY["text"] * world.scales["text"]) for wish in wishes]
+    style = list(world.judge.attributes).index("style")
+    toon = world.judge.attributes["style"].index("flat")
+    reference = world.renders[int(torch.nonzero(world.labels[:, style] == toon)[0])]
+    return (*texts, Pull("style", reference, MANY["style"] * world.scales["style"]))
+
+
+def _all(world: World, images: Tensor, wanted: Mapping[str, object]) -> Tensor:
+    """Whether the judge finds all of it: (N,)."""
+    verdict = world.judge.verdict(images)
+    found = [verdict[name] == world.judge.attributes[name].index(value) for name, value in wanted.items()]
+    return torch.stack(found).all(dim=0)
+
+
+COMPOSITIONS: dict[
+    str, tuple[Callable[[World], tuple[Pull, ...]], Callable[[World, Tensor], Tensor]]
+] = {
+    "two regions": (_two_regions, _halves_found),
+    "with and without": (
+        _with_and_without, functools.partial(_all, wanted={"background": "red", "glasses": False}),
+    ),
+    "four at once": (
+        _four_at_once,
+        functools.partial(_all, wanted={"background": "blue", "glasses": True, "hat": True, "style": "flat"}),
+    ),
+}  # fmt: skip
