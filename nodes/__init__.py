@@ -34,6 +34,7 @@ from .loaders import (
     SDGLoadCLIP,
     SDGLoadNoisyCLIP,
 )
+from .report import SDGGuidanceReport
 from .sampling import SDGApplyGuidance, SDGGuidedKSampler, SDGPaperSampler
 
 NODES: list[type[io.ComfyNode]] = [
@@ -60,6 +61,7 @@ NODES: list[type[io.ComfyNode]] = [
     SDGGuidedKSampler,
     SDGApplyGuidance,
     SDGPaperSampler,
+    SDGGuidanceReport,
     SDGFinetuneNoisyCLIP,
     SDGSaveNoisyCLIP,
     SDGLoadClassifier,

@@ -22,6 +22,7 @@ IDS = {
     "SDGGuidanceAugment", "SDGGuidanceBudget",
     "SDGLoadClassifier", "SDGClassifierGuidance",
     "SDGILVRReference",
+    "SDGGuidanceReport",
 }  # fmt: skip
 
 
