@@ -34,6 +34,7 @@ from .loaders import (
     SDGLoadCLIP,
     SDGLoadNoisyCLIP,
 )
+from .presets import SDGLoadPreset, SDGSavePreset
 from .report import SDGGuidanceReport
 from .sampling import SDGApplyGuidance, SDGGuidedKSampler, SDGPaperSampler
 
@@ -67,6 +68,8 @@ NODES: list[type[io.ComfyNode]] = [
     SDGLoadClassifier,
     SDGClassifierGuidance,
     SDGILVRReference,
+    SDGSavePreset,
+    SDGLoadPreset,
 ]
 
 

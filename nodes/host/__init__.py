@@ -23,10 +23,12 @@ from .files import (
     BUNDLED_NAME,
     download_folder,
     fingerprint,
+    free_path,
     latent_world_file,
     model_file,
     model_names,
     model_path,
+    read_text,
     register_folders,
 )
 from .ilvr import hold_low_frequencies
@@ -59,6 +61,7 @@ __all__ = [
     "encoder_parts",
     "explained",
     "fingerprint",
+    "free_path",
     "hold_low_frequencies",
     "host_vae",
     "keep_with_pictures",
@@ -71,6 +74,7 @@ __all__ = [
     "model_path",
     "paper_sampler",
     "patch_module",
+    "read_text",
     "register_folders",
     "report_of",
     "single_encoder",

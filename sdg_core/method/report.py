@@ -20,6 +20,9 @@ VERSION = 1
 DIGITS = 6
 """Significant digits of the JSON's numbers."""
 
+LONGEST_NAME = 40
+"""Characters of a guidance's texts in its name."""
+
 Number = float | None
 """None where a guidance doesn't act, or its gradient isn't known by itself."""
 
@@ -160,9 +163,12 @@ def _guided(k: int, term: Term, trace: Sequence[StepTrace]) -> Guided:
 
 
 def name_of(term: Term) -> str:
-    """What a guidance is, in a few words: its kind, and of two encoders that share the work which one it reads by."""
+    """What a guidance is, in a few words: its kind, its texts, and of two encoders that share the work which one."""
     kind = type(term.guidance).__name__.removesuffix("Guidance").lower()
-    return kind if term.fade is None else f"{kind} ({'high' if term.fade.rising else 'low'} noise)"
+    texts = " to ".join(f'"{text}"' for text in getattr(term.guidance, "texts", ()))
+    texts = texts if len(texts) <= LONGEST_NAME else f"{texts[: LONGEST_NAME - 3]}..."
+    noise = "" if term.fade is None else f"({'high' if term.fade.rising else 'low'} noise)"
+    return " ".join(filter(None, (kind, texts, noise)))
 
 
 def _series(rows: Sequence[Tensor], acts: Sequence[Tensor] | None = None) -> Series:

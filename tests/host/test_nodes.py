@@ -23,6 +23,7 @@ IDS = {
     "SDGLoadClassifier", "SDGClassifierGuidance",
     "SDGILVRReference",
     "SDGGuidanceReport",
+    "SDGSavePreset", "SDGLoadPreset",
 }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def test_the_latent_passes_and_the_numbers_are_the_runs(report, sample, both):
     assert plot.shape[3] == 3
     assert 0 <= float(plot.min()) < float(plot.max()) <= 1
     said = json.loads(said)
-    assert [part["name"] for part in said["guidances"]] == ["text", "content"]
+    assert [part["name"] for part in said["guidances"]] == ['text "a red hat"', "content"]
     assert said["pictures"] == 2
     assert len(said["percent"]) == len(said["pull"]["each"]) == 4
     assert all(value is not None for part in said["guidances"] for value in part["size"]["mean"])
