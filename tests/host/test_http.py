@@ -373,6 +373,21 @@ def test_a_report_needs_no_metadata_and_is_not_another_samplers(server, info):
     assert "another node changed" in error["exception_message"]
 
 
+def test_a_kept_guidance_is_offered_at_once_and_gives_the_same_picture(server, info):
+    prompt, sampler = changed_text_example(info, "SDGGuidedKSampler", steps=3)
+    (text,) = [n for n, part in prompt.items() if part["class_type"] == "SDGTextGuidance"]
+    prompt["100"] = {"class_type": "SDGSavePreset", "inputs": {"guidance": [text, 0], "name": "kept"}}
+    entry = server.run(prompt)
+    assert entry["outputs"]["100"]["text"] == ["kept.json"]
+    first = server.pictures(entry)
+    inputs = {"preset_name": "kept.json", "noisy_clip": prompt[text]["inputs"]["noisy_clip"]}
+    prompt["100"] = {"class_type": "SDGLoadPreset", "inputs": inputs}
+    prompt[sampler]["inputs"]["guidance"] = ["100", 0]
+    del prompt[text]
+    second = server.pictures(server.run(prompt))
+    assert [pixels(file).tobytes() for file in first] == [pixels(file).tobytes() for file in second]
+
+
 def test_help_and_examples_are_served(server, info):
     for node in (name for name in info if name.startswith("SDG")):
         with urllib.request.urlopen(f"{server.url}/extensions/semantic-diffusion-guidance/docs/{node}.md") as page:
