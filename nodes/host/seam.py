@@ -72,11 +72,7 @@ def attach(
         return guided
     sights = see(model, guidance, choice or ViewChoice())
     runs: list[GuidanceRun] = []  # a stack: a sampler may sample inside a run
-
-    def opener(patcher: comfy.model_patcher.ModelPatcher) -> GuidanceRun:
-        return open_run(patcher, terms, strength, sights)
-
-    guided.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _run_keeper(runs, opener, watch))
+    guided.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _run_keeper(runs, terms, strength, sights, watch))
     guided.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _corrector(runs, sights.patchers))
     guided.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _memory_reserver(sights))
     loaded = guided.get_additional_models_with_key(KEY)
@@ -84,9 +80,11 @@ def attach(
     return guided
 
 
-def _run_keeper(runs: list[GuidanceRun], opener: Callable, watch: Watch | None) -> Callable:
+def _run_keeper(
+    runs: list[GuidanceRun], terms: tuple[Term, ...], strength: Strength, sights: Sights, watch: Watch | None
+) -> Callable:
     def outer_sample(executor, *args, **kwargs):
-        run = opener(executor.class_obj.model_patcher)
+        run = open_run(executor.class_obj.model_patcher, terms, strength, sights)
         run.measured = watch is not None and watch.measured
         runs.append(run)
         try:
