@@ -34,6 +34,8 @@ from .loaders import (
     SDGLoadCLIP,
     SDGLoadNoisyCLIP,
 )
+from .presets import SDGLoadPreset, SDGSavePreset
+from .report import SDGGuidanceReport
 from .sampling import SDGApplyGuidance, SDGGuidedKSampler, SDGPaperSampler
 
 NODES: list[type[io.ComfyNode]] = [
@@ -60,11 +62,14 @@ NODES: list[type[io.ComfyNode]] = [
     SDGGuidedKSampler,
     SDGApplyGuidance,
     SDGPaperSampler,
+    SDGGuidanceReport,
     SDGFinetuneNoisyCLIP,
     SDGSaveNoisyCLIP,
     SDGLoadClassifier,
     SDGClassifierGuidance,
     SDGILVRReference,
+    SDGSavePreset,
+    SDGLoadPreset,
 ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -38,14 +37,12 @@ from ..sdg_core.training import (
     retrieval_lines,
 )
 from . import host
-from .inputs import check_finite, check_image, shown
+from .inputs import check_finite, check_image
 from .loaders import NoisyCLIPSocket
 
 log = logging.getLogger(__name__)
 
 HELD_OUT = 256
-LONGEST_NAME = 200
-"""Bytes of a file's name: file systems allow 255, and an ending and a number are added."""
 LIVE_TIMESTEPS = (300, 500, 700)
 LIVE_PICTURES = 48
 LIVE_SHARE = 0.1  # of the time may go into measuring on the way
@@ -335,17 +332,7 @@ def progress_line(progress: Progress, curve: list[Retrieval]) -> str:
 
 def keep(encoder: NoisyCLIP, name: str, half: bool, said: dict[str, str]) -> Path:
     """Writes an encoder to models/noisy_clip under a name that is free. Raises ValueError for names that are none."""
-    if not re.fullmatch(r"[\w][\w .()+-]*", name) or len(name.encode()) > LONGEST_NAME:
-        raise ValueError(
-            f'Got the name {shown(name)}; wanted a plain file name of letters, digits, spaces, "_", "-" and ".", '
-            f"{LONGEST_NAME} bytes at most. Choose another."
-        )
-    folder = host.download_folder("noisy_clip")
-    folder.mkdir(parents=True, exist_ok=True)
-    number, path = 1, folder / f"{name}.safetensors"
-    while path.exists():
-        number += 1
-        path = folder / f"{name}_{number:02d}.safetensors"
+    path = host.free_path("noisy_clip", name, ".safetensors")
     notes = encoder.config.notes
     try:
         encoder.config = replace(encoder.config, notes={**notes, **said})

@@ -162,7 +162,7 @@ class SDGTextGuidance(io.ComfyNode):
 
         def make(patcher: ModelPatcher) -> TextGuidance:
             with torch.no_grad():
-                return TextGuidance(host.load_encoder(patcher).encode_text([prompt]))
+                return TextGuidance(host.load_encoder(patcher).encode_text([prompt]), texts=(prompt,))
 
         return terms_of(noisy_clip, make, scale, start_percent, end_percent)
 
@@ -344,7 +344,7 @@ class SDGDirectionGuidance(io.ComfyNode):
         def make(patcher: ModelPatcher) -> DirectionGuidance:
             with torch.no_grad():
                 before, after = host.load_encoder(patcher).encode_text(prompts).split(1)
-            return DirectionGuidance(references, after - before)
+            return DirectionGuidance(references, after - before, tuple(prompts))
 
         return terms_of(noisy_clip, make, scale, start_percent, end_percent)
 

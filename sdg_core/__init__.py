@@ -1,7 +1,7 @@
 """Semantic Diffusion Guidance without a host: what a Python user, the nodes and the commands import.
 
-Rooms, each importing only from those after it: ``commands``; ``avatars`` and ``training``; ``models`` and
-``encoders``; ``files``, ``pictures`` and ``method``, where the formulas are. Heavy packages (open_clip, Accelerate,
+Rooms, each importing only from those after it: ``commands``; ``avatars`` and ``training``; ``models``, ``encoders`` and
+``presets``; ``files``, ``pictures`` and ``method``, where the formulas are. Heavy packages (open_clip, Accelerate,
 matplotlib) are imported at first use.
 """
 

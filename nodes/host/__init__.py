@@ -2,8 +2,8 @@
 
 ``files`` and ``text`` (its folders, its words on nodes), ``encoders`` and ``sockets`` (what sockets carry),
 ``scaling``, ``views``, ``decoders`` and ``conditioning`` (its models in the terms of ``sdg_core``), ``memory`` (its
-model management), ``seam`` and ``ilvr`` (where guidance and a reference's low frequencies enter a run), ``adm``,
-``vae`` and ``paper`` (models and a sampler that it does not have).
+model management), ``seam`` and ``ilvr`` (where guidance and a reference's low frequencies enter a run), ``reports``
+(how word of a run travels), ``adm``, ``vae`` and ``paper`` (models and a sampler that it does not have).
 """
 
 from .adm import load_adm_model
@@ -23,16 +23,19 @@ from .files import (
     BUNDLED_NAME,
     download_folder,
     fingerprint,
+    free_path,
     latent_world_file,
     model_file,
     model_names,
     model_path,
+    read_text,
     register_folders,
 )
 from .ilvr import hold_low_frequencies
 from .memory import activation_bytes, check_free, explained, patch_module
 from .paper import paper_sampler
-from .seam import attach
+from .reports import keep_with_pictures, report_of, with_report
+from .seam import Watch, attach
 from .sockets import check_dimensions, to_conditioning, to_latent, to_model, to_vae
 from .text import NodeText
 from .vae import host_vae
@@ -46,6 +49,7 @@ __all__ = [
     "NodeText",
     "NoisyCLIPValue",
     "ViewChoice",
+    "Watch",
     "activation_bytes",
     "attach",
     "blank_conditioning",
@@ -57,8 +61,10 @@ __all__ = [
     "encoder_parts",
     "explained",
     "fingerprint",
+    "free_path",
     "hold_low_frequencies",
     "host_vae",
+    "keep_with_pictures",
     "latent_world_file",
     "linear_view",
     "load_adm_model",
@@ -68,7 +74,9 @@ __all__ = [
     "model_path",
     "paper_sampler",
     "patch_module",
+    "read_text",
     "register_folders",
+    "report_of",
     "single_encoder",
     "to_classifier",
     "to_conditioning",
@@ -76,4 +84,5 @@ __all__ = [
     "to_latent",
     "to_model",
     "to_vae",
+    "with_report",
 ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import folder_paths
 
 from ...sdg_core.avatars import BUNDLED, latent_model_file
+from ..inputs import shown
 
 BUNDLED_NAME = "avatars (bundled)"
 FOLDERS = {
@@ -15,11 +17,14 @@ FOLDERS = {
     "adm": {".safetensors", ".pt", ".pth"},
     "open_clip": {".safetensors", ".pt", ".pth", ".bin"},
     "classifier": {".safetensors", ".pt", ".pth"},
+    "sdg_presets": {".json"},
 }
+LONGEST_NAME = 200
+"""Bytes of a file's name: file systems allow 255, and an ending and a number are added."""
 
 
 def register_folders() -> None:
-    """Makes models/noisy_clip, models/adm and models/classifier known, beside what extra_model_paths.yaml says.
+    """Makes models/noisy_clip, models/adm and the others known, beside what extra_model_paths.yaml says.
 
     ``add_model_folder_path`` would do, but it gives a new folder no list of extensions, and then every file is listed.
     """
@@ -81,6 +86,31 @@ def latent_world_file(name: str) -> Path:
 def download_folder(folder: str) -> Path:
     """Where downloads of a kind of model go."""
     return Path(folder_paths.get_folder_paths(folder)[0])
+
+
+def free_path(folder: str, name: str, ending: str) -> Path:
+    """Where a new file of a model folder goes, numbered where its name is taken. Raises ValueError for names that are
+    none."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w][\w .()+-]*", name) or len(name.encode()) > LONGEST_NAME:
+        raise ValueError(
+            f'Got the name {shown(name)}; wanted a plain file name of letters, digits, spaces, "_", "-" and ".", '
+            f"{LONGEST_NAME} bytes at most. Choose another."
+        )
+    place = download_folder(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    number, path = 1, place / f"{name}{ending}"
+    while path.exists():
+        number += 1
+        path = place / f"{name}_{number:02d}{ending}"
+    return path
+
+
+def read_text(path: Path) -> str:
+    """What a text file says. Raises ValueError where it is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not a text in UTF-8. Choose another file.") from error
 
 
 def fingerprint(folder: str, name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -21,6 +22,14 @@ from .text import report
 from .views import Sights, ViewChoice, data_variance, see
 
 KEY = "sdg"
+
+
+@dataclass
+class Watch:
+    """Who wants to know what runs did, in the order in which they end. ``measured``: guidance by guidance."""
+
+    measured: bool = False
+    finished: list[GuidanceRun] = field(default_factory=list)
 
 
 def open_run(
@@ -47,12 +56,14 @@ def attach(
     guidance: HostGuidance,
     strength: Strength,
     choice: ViewChoice | None = None,
+    watch: Watch | None = None,
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone of ``model`` that every sampler node samples guided. Without any scale it is a plain clone.
 
     Three wrappers, all plain functions (a host before 0.14 deep-copies callable objects and bound methods):
     PREDICT_NOISE sees each model evaluation once, after all CFG; OUTER_SAMPLE opens and drops the run, since the clone
-    stays in the host's cache between runs; PREPARE_SAMPLING asks for the memory of the gradient.
+    stays in the host's cache between runs; PREPARE_SAMPLING asks for the memory of the gradient. ``watch`` is told of
+    finished runs.
     """
     scaling_of(model)
     guided = model.clone()
@@ -61,7 +72,7 @@ def attach(
         return guided
     sights = see(model, guidance, choice or ViewChoice())
     runs: list[GuidanceRun] = []  # a stack: a sampler may sample inside a run
-    guided.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _run_keeper(runs, terms, strength, sights))
+    guided.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _run_keeper(runs, terms, strength, sights, watch))
     guided.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _corrector(runs, sights.patchers))
     guided.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _memory_reserver(sights))
     loaded = guided.get_additional_models_with_key(KEY)
@@ -69,13 +80,19 @@ def attach(
     return guided
 
 
-def _run_keeper(runs: list[GuidanceRun], terms: tuple[Term, ...], strength: Strength, sights: Sights) -> Callable:
+def _run_keeper(
+    runs: list[GuidanceRun], terms: tuple[Term, ...], strength: Strength, sights: Sights, watch: Watch | None
+) -> Callable:
     def outer_sample(executor, *args, **kwargs):
-        runs.append(open_run(executor.class_obj.model_patcher, terms, strength, sights))
+        run = open_run(executor.class_obj.model_patcher, terms, strength, sights)
+        run.measured = watch is not None and watch.measured
+        runs.append(run)
         try:
             return executor(*args, **kwargs)
         finally:  # also when interrupted
             report(runs.pop())
+            if watch is not None:
+                watch.finished.append(run)
 
     return outer_sample
 

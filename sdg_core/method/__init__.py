@@ -3,11 +3,13 @@
 Read in this order: ``schedule`` (x_t = alpha x_0 + sigma eps), ``views`` (what an encoder looks at), ``features``
 (what it gives), ``controls`` and ``blend`` (when and how a score counts), ``guidance`` and ``classes`` (the scores F),
 ``gradient`` (grad F), ``strength`` (how large a shift), ``run`` and ``references`` (what a run remembers), ``guide``
-(denoised + sigma^2 / alpha grad F). Beside it stands ``ilvr`` (the low frequencies of a reference, without a gradient).
+(denoised + sigma^2 / alpha grad F). ``report`` and ``chart`` say what a run did. Beside it stands ``ilvr`` (the low
+frequencies of a reference, without a gradient).
 It knows encoders by their contract only, and no host.
 """
 
 from .blend import Blend
+from .chart import draw_report
 from .classes import ClassGuidance
 from .controls import CHOICES, EASES, Augment, Choice, Crop, Curve, Ease, Goal, Region, Several, feathered
 from .features import Encoder, Features, NoisyEncoder, embedding, gram, joined, squared_distance, squared_size, unit
@@ -32,6 +34,7 @@ from .guide import encoder_noise, guidance_gradient, guidance_shift, guide
 from .ilvr import LowFrequencies, check_range, low_pass
 from .precision import added, precise
 from .references import REFERENCE_SEED, Batch
+from .report import GuidanceReport
 from .run import Budget, GuidanceRun, StepTrace
 from .schedule import Convention, TimestepTable, betas, expand, timestep_embedding
 from .strength import Strength, rms
@@ -62,6 +65,7 @@ __all__ = [
     "Features",
     "Goal",
     "Guidance",
+    "GuidanceReport",
     "GuidanceRun",
     "Kind",
     "LatentFormat",
@@ -88,6 +92,7 @@ __all__ = [
     "check_layers",
     "check_range",
     "combine",
+    "draw_report",
     "embedding",
     "encoder_noise",
     "expand",

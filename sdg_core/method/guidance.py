@@ -63,11 +63,13 @@ class Guidance(Protocol):
 class TextGuidance:
     """F = E'(x_t, t) . E_L(l). ``embed``: normalised text embeddings (N, D); several are averaged in score.
 
-    ``spherical``: F = 1 - theta^2 / 2 of the angle theta instead of cos(theta), see ``_cosine``.
+    ``spherical``: F = 1 - theta^2 / 2 of the angle theta instead of cos(theta), see ``_cosine``. ``texts``: the words
+    that ``embed`` is of, where they are known.
     """
 
     embed: Tensor
     spherical: bool = False
+    texts: tuple[str, ...] = ()
     best, aligned = 1.0, False
 
     def depth(self, encoder: Encoder) -> int:
@@ -159,11 +161,13 @@ class DirectionGuidance:
     """F = cos(E'(x_t, t) - E'(x'_t, t), E_L(to) - E_L(from)), all on the unit sphere: the picture changes as the text
     does (the directional loss of StyleGAN-NADA, Gal et al. 2021, arXiv 2108.00946).
 
-    ``image``: the picture(s) to edit (R, 3, h, w) in -1..1. ``direction``: E_L(to) - E_L(from), (1, D).
+    ``image``: the picture(s) to edit (R, 3, h, w) in -1..1. ``direction``: E_L(to) - E_L(from), (1, D). ``texts``: from
+    and to in words, where they are known.
     """
 
     image: Tensor
     direction: Tensor
+    texts: tuple[str, ...] = ()
     best, aligned = 1.0, False
 
     def __post_init__(self) -> None:

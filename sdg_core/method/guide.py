@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ from .features import Encoder, reads_noise
 from .gradient import Sight
 from .precision import added
 from .references import Batch, window
+from .report import cosines_of, sizes_of
 from .run import GuidanceRun, Kept, StepTrace
 from .schedule import MIN_ALPHA, Convention, expand
-from .strength import Strength, bounded, rms
+from .strength import Bounded, Strength, bounded, rms
 
 LEAST_DISTANCE = 1e-3
 """A score nearer to the best one than this counts as this near, where distances are compared."""
@@ -34,10 +35,13 @@ def guide(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Ten
 
 def guidance_shift(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Tensor | None:
     """What ``guide`` adds, in the precision of x_t, at least float32, or None where there is nothing to add."""
-    if run.budget is None:
-        return _shift(denoised, x_t, sigma, run)
-    with run.budget.measured(run):
-        return _shift(denoised, x_t, sigma, run)
+    try:
+        if run.budget is None:
+            return _shift(denoised, x_t, sigma, run)
+        with run.budget.measured(run):
+            return _shift(denoised, x_t, sigma, run)
+    finally:
+        run.left = run.clock()
 
 
 def _shift(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Tensor | None:
@@ -45,20 +49,46 @@ def _shift(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Te
     weights = run.weights(batch.sigma, batch.frame, batch.frames)
     if not bool((weights != 0).any()):
         return None
+    model = None if run.left is None else run.when(batch.denoised) - run.left
     pull = _pull(batch, weights, run)
+    shift, made = _sized(pull, batch, weights, run)
+    run.trace.append(
+        StepTrace(
+            float(sigma.flatten()[0]),
+            pull.scores,
+            shift.pull,
+            shift.capped,
+            weights != 0,
+            sizes_of(made, *weights.shape),
+            cosines_of(pull.own, *weights.shape),
+            tuple(pull.seconds),
+            model,
+        )
+    )
+    return batch.unfold(shift.shift)
+
+
+def _sized(pull: Pull, batch: Batch, weights: Tensor, run: GuidanceRun) -> tuple[Bounded, dict[int, Tensor]]:
+    """The shift of denoised at its final size, and the RMS (B,) that each term has in it, over the model's step."""
     room, full, strength = run.room(batch, weights), run.fullness(batch, weights), run.strength
     alpha, s = (expand(v, batch.x_t) for v in (run.convention.alpha(batch.sigma), batch.sigma))
     usable = alpha > MIN_ALPHA
     alpha = torch.where(usable, alpha, torch.ones_like(alpha))
-    shift = torch.where(usable, s.square() / alpha * pull.grad, torch.zeros_like(pull.grad))
-    step = (batch.x_t - alpha * batch.denoised) / alpha  # sigma / alpha * eps: the model's own step
+
+    def shifted(grad: Tensor) -> Tensor:
+        return torch.where(usable, s.square() / alpha * grad, torch.zeros_like(grad))
+
+    shift = shifted(pull.grad)
+    step = rms((batch.x_t - alpha * batch.denoised) / alpha)  # sigma / alpha * eps: the model's own step
+    free = torch.ones_like(step)
     if pull.aimed is not None:  # goals size their part of the shift: only the cap's bound is left for them
-        shift = bounded(shift, rms(step), strength, room, full).shift if strength.mode == "relative" else shift
-        shift = shift + torch.where(usable, s.square() / alpha * pull.aimed, torch.zeros_like(shift))
+        if strength.mode == "relative":
+            shift, _, _, free = bounded(shift, step, strength, room, full)
+        shift = shift + shifted(pull.aimed)
         full, strength = None, Strength("absolute", strength.cap)
-    shift, size, capped = bounded(shift, rms(step), strength, room, full)
-    run.trace.append(StepTrace(float(sigma.flatten()[0]), pull.scores, size, capped))
-    return batch.unfold(shift)
+    made = bounded(shift, step, strength, room, full)
+    parts = {k: rms(shifted(part)) / step.clamp(min=torch.finfo(step.dtype).tiny) for k, part in pull.added.items()}
+    return made, {k: size * made.factor * (1 if run.terms[k].aims else free) for k, size in parts.items()}
 
 
 def guidance_gradient(batch: Batch, weights: Tensor, run: GuidanceRun) -> tuple[Tensor, Tensor]:
@@ -67,52 +97,91 @@ def guidance_gradient(batch: Batch, weights: Tensor, run: GuidanceRun) -> tuple[
     return pull.grad if pull.aimed is None else pull.grad + pull.aimed, pull.scores
 
 
-class Pull(NamedTuple):
+@dataclass
+class Pull:
     """grad_{x_t} F (B, C, H, W) of the terms that count by their scales, of those that aim at a goal, and all scores
-    (K, B)."""
+    (K, B).
+
+    ``own``: the gradients (B, C, H, W) of terms that are known by themselves; ``added``: what of them is in the sums,
+    where blends changed them. ``seconds`` (K): what each term's pass took.
+    """
 
     grad: Tensor
-    aimed: Tensor | None
     scores: Tensor
+    seconds: list[float]
+    aimed: Tensor | None = None
+    own: dict[int, Tensor] = field(default_factory=dict)
+    added: dict[int, Tensor] = field(default_factory=dict)
 
 
 def _pull(batch: Batch, weights: Tensor, run: GuidanceRun) -> Pull:
     apart = [k for k, term in enumerate(run.terms) if term.apart and bool((weights[k] != 0).any())]
-    grad, scores = torch.zeros_like(batch.x_t), torch.zeros_like(weights)
-    for encoder, members, rows in run.active(_without(weights, apart), batch):
+    pull = Pull(torch.zeros_like(batch.x_t), torch.zeros_like(weights), [0.0] * len(weights))
+    _pull_together(pull, batch, _without(weights, apart), run)
+    _pull_apart(pull, apart, batch, weights, run)
+    return pull
+
+
+def _pull_together(pull: Pull, batch: Batch, weights: Tensor, run: GuidanceRun) -> None:
+    """Adds the terms that share a pass with all others of their encoder."""
+    for encoder, members, rows in run.active(weights, batch):
         some, seen = weights[members][:, rows], batch.take(rows)
+        begun = run.clock()
         part, part_scores = _encoder_gradient(encoder, members, seen, some, run)
-        grad[rows] += _of_x_t(encoder, part, seen, run)
-        scores[torch.tensor(members)[:, None], rows] = part_scores.to(scores)
-    aimed = None
+        pull.grad[rows] += _of_x_t(encoder, part, seen, run)
+        pull.scores[torch.tensor(members)[:, None], rows] = part_scores.to(pull.scores)
+        spent = (run.when(pull.grad) - begun) / len(members)
+        for k in members:
+            pull.seconds[k] += spent
+        parts = {members[0]: part} if len(members) == 1 else _one_by_one(encoder, members, seen, some, run)
+        for k, own in parts.items():
+            pull.own.setdefault(k, torch.zeros_like(batch.x_t))[rows] = _of_x_t(encoder, own, seen, run)
+            pull.added[k] = pull.own[k]
+
+
+def _one_by_one(
+    encoder: Encoder, members: list[int], batch: Batch, weights: Tensor, run: GuidanceRun
+) -> dict[int, Tensor]:
+    """The gradients of terms that share a pass, each from a pass of its own, if the run is to be measured so."""
+    if not run.measured:
+        return {}
+    alone = {k: weights[i : i + 1] for i, k in enumerate(members) if bool((weights[i] != 0).any())}
+    return {k: _encoder_gradient(encoder, [k], batch, weight, run)[0] for k, weight in alone.items()}
+
+
+def _pull_apart(pull: Pull, apart: list[int], batch: Batch, weights: Tensor, run: GuidanceRun) -> None:
+    """Adds the terms that controls give a pass of their own."""
     parts: dict[int, Tensor] = {}
     for k in apart:
+        begun = run.clock()
         kept = _own_gradient(k, weights[k] != 0, batch, run)
-        scores[k] = kept.score
-        part = _counted(k, kept, weights[k], batch, run)
+        pull.scores[k] = kept.score
+        part = pull.own[k] = _counted(k, kept, weights[k], batch, run)
+        pull.seconds[k] = run.when(part) - begun
         if run.terms[k].aims:
-            aimed = part if aimed is None else aimed + part
+            pull.aimed = part if pull.aimed is None else pull.aimed + part
+            pull.added[k] = part
         else:
             parts[k] = part
-    for part in _blended(parts, weights, run):
-        grad += part
-    return Pull(grad, aimed, scores)
+    for k, part in _blended(parts, weights, run).items():
+        pull.grad += part
+        pull.added[k] = part
 
 
-def _blended(parts: dict[int, Tensor], weights: Tensor, run: GuidanceRun) -> list[Tensor]:
+def _blended(parts: dict[int, Tensor], weights: Tensor, run: GuidanceRun) -> dict[int, Tensor]:
     """The parts (B, C, H, W) of terms k, those that share a blend brought together by it."""
     groups: dict[int, list[int]] = {}
     for k in parts:
         blend = run.terms[k].blend
         groups.setdefault(-1 - k if blend is None else id(blend), []).append(k)
-    found = []
+    found: dict[int, Tensor] = {}
     for members in groups.values():
         blend = run.terms[members[0]].blend
         if blend is None or len(members) == 1:
-            found += [parts[k] for k in members]
+            found |= {k: parts[k] for k in members}
             continue
         shares = torch.stack([weights[k] / run.terms[k].scale * run.terms[k].share for k in members])
-        found += blend(torch.stack([parts[k] for k in members]), shares).unbind()
+        found |= dict(zip(members, blend(torch.stack([parts[k] for k in members]), shares).unbind(), strict=True))
     return found
 
 

@@ -39,13 +39,22 @@ than float32 noise levels are sure of, because guidance amplifies the last bit, 
 class StepTrace:
     """What one guided step did: scores (K, B), RMS of the shift over the model's own step (B,), where the cap bound.
 
-    ``sigma`` is the first sample's.
+    ``sigma`` is the first sample's. ``acts`` (K, B): where terms had a weight. ``sizes`` (K, B): the RMS that each term
+    has in the shift, over the model's step. ``cosines`` (K, K, B): those of the angles between the terms' gradients, as
+    their encoders give them. Both are NaN where a gradient is not known by itself: of terms that share a pass, unless
+    the run is ``measured``. ``seconds`` (K): what each term's pass took, shared passes divided among their terms; None
+    for the model where its start wasn't seen.
     """
 
     sigma: float
     scores: Tensor
     pull: Tensor
     capped: Tensor
+    acts: Tensor
+    sizes: Tensor
+    cosines: Tensor
+    seconds: tuple[float, ...]
+    model_seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -154,7 +163,8 @@ class GuidanceRun:
 
     ``percent_to_sigma`` maps a fraction of the run to the model's sigma (0 -> above every sigma, 1 -> 0). ``view_of``
     says through which view an encoder looks at this model. ``variance`` is that of the model's data, per element: 0.25
-    for pixels in -1..1, about 1 for scaled latents; encoders of denoised need it.
+    for pixels in -1..1, about 1 for scaled latents; encoders of denoised need it. ``measured``: terms that share a pass
+    are also looked at one by one, for the trace alone. ``clock`` gives seconds; at ``left`` guidance was last done.
     """
 
     terms: tuple[Term, ...]
@@ -170,6 +180,9 @@ class GuidanceRun:
     generators: dict[int, torch.Generator] = field(default_factory=dict)
     gradients: int = 0
     budget: Budget | None = None
+    measured: bool = False
+    clock: Callable[[], float] = time.perf_counter
+    left: float | None = None
 
     def __post_init__(self) -> None:
         wanted = [term.budget for term in self.terms if term.budget is not None]
@@ -184,6 +197,11 @@ class GuidanceRun:
         generator = self.generators.setdefault(k, torch.Generator().manual_seed(REFERENCE_SEED))
         size = batch.x_t.shape[-2:]
         return augment.crops(self.view_of(self.terms[k].encoder).size(size[0], size[1]), generator)
+
+    def when(self, done: Tensor) -> float:
+        """The time at which a tensor is there: a GPU is asked for it before it has computed it."""
+        done.flatten()[:1].tolist()
+        return self.clock()
 
     def memory(self, k: int) -> Memory:
         """What term k keeps between model calls."""

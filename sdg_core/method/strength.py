@@ -42,11 +42,13 @@ class Strength:
 
 
 class Bounded(NamedTuple):
-    """A shift (B, ...) of its final size, that size over the model's step (B,), and where the cap bound it (B,)."""
+    """A shift (B, ...) of its final size, that size over the model's step (B,), where the cap bound it (B,), and what
+    it was multiplied by (B,)."""
 
     shift: Tensor
     pull: Tensor
     capped: Tensor
+    factor: Tensor
 
 
 def bounded(shift: Tensor, step: Tensor, strength: Strength, *parts: Tensor | None) -> Bounded:
@@ -71,7 +73,7 @@ def bounded(shift: Tensor, step: Tensor, strength: Strength, *parts: Tensor | No
         factor = allowed if strength.mode == "relative" else allowed.clamp(max=1)
         factor = torch.where(size > 0, factor, torch.zeros_like(factor))
         capped = (allowed < 1) & (strength.mode == "absolute")
-    return Bounded(shift * expand(factor, shift), size * factor / step.clamp(min=tiny), capped)
+    return Bounded(shift * expand(factor, shift), size * factor / step.clamp(min=tiny), capped, factor)
 
 
 def rms(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("method", "encoders", "models", "training", "avatars", "commands")
+ROOMS = ("method", "encoders", "models", "presets", "training", "avatars", "commands")
 HEAVY = {"open_clip", "timm", "torchvision", "transformers", "accelerate", "matplotlib", "webdataset"}
 SECONDS = 0.5  # of the processor, beside torch and what else a host has loaded already
 

@@ -44,9 +44,10 @@ class Server:
         with urllib.request.urlopen(self.url + path, timeout=60) as answer:
             return json.loads(answer.read())
 
-    def queue(self, prompt: dict) -> dict:
-        """The server's answer: a prompt_id, or the errors of validation."""
-        data = json.dumps({"prompt": prompt}).encode()
+    def queue(self, prompt: dict, metadata: dict | None = None) -> dict:
+        """The server's answer: a prompt_id, or the errors of validation. ``metadata``: what saved pictures hold."""
+        more = {} if metadata is None else {"extra_data": {"extra_pnginfo": metadata}}
+        data = json.dumps({"prompt": prompt, **more}).encode()
         request = urllib.request.Request(self.url + "/prompt", data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
@@ -54,8 +55,8 @@ class Server:
         except urllib.error.HTTPError as error:
             return json.loads(error.read())
 
-    def run(self, prompt: dict, timeout: float = 300) -> dict:
-        answer = self.queue(prompt)
+    def run(self, prompt: dict, timeout: float = 300, metadata: dict | None = None) -> dict:
+        answer = self.queue(prompt, metadata)
         if "prompt_id" not in answer:
             raise RuntimeError(f"The prompt was rejected: {json.dumps(answer)}")
         end = time.monotonic() + timeout

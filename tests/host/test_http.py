@@ -368,6 +368,67 @@ def test_applied_guidance_in_the_hosts_ksampler_gives_the_same_picture(server, i
     assert [pixels(f).tobytes() for f in first] == [pixels(f).tobytes() for f in second]
 
 
+def metadata_of(file: bytes) -> dict:
+    return {name: json.loads(text) for name, text in Image.open(io.BytesIO(file)).text.items()}
+
+
+def test_saved_pictures_hold_the_report_of_their_run_also_where_the_sampler_is_cached(server, info):
+    prompt, sampler = changed_text_example(info, "SDGGuidedKSampler", steps=4)
+    (decode,) = [n for n, part in prompt.items() if part["class_type"] == "VAEDecode"]
+    (save,) = [n for n, part in prompt.items() if part["class_type"] == "SaveImage"]
+    prompt["100"] = {"class_type": "SDGGuidanceReport", "inputs": {"latent": [sampler, 0]}}
+    prompt[decode]["inputs"]["samples"] = ["100", 0]
+    plain = server.pictures(server.run(changed_text_example(info, "SDGGuidedKSampler", steps=4)[0]))
+    for prefix in ("first", "second"):
+        prompt[save]["inputs"]["filename_prefix"] = prefix
+        entry = server.run(prompt, metadata={"workflow": {"nodes": []}})
+        assert entry["status"]["status_str"] == "success", entry["status"]
+        files = server.pictures(entry)
+        assert [pixels(file).tobytes() for file in files] == [pixels(file).tobytes() for file in plain]
+        for file in files:
+            held = metadata_of(file)
+            assert held["workflow"] == {"nodes": []}
+            assert list(held["sdg_report"]) == ["100"]
+            report = held["sdg_report"]["100"]
+            assert report["pictures"] == len(files)
+            assert [part["name"].split()[0] for part in report["guidances"]] == ["text"]
+            assert all(0 < value <= 1 + 1e-5 for value in report["pull"]["mean"])
+    assert sampler in {
+        n for kind, data in entry["status"]["messages"] if kind == "execution_cached" for n in data["nodes"]
+    }
+    assert "sdg_report" not in metadata_of(plain[0])
+
+
+def test_a_report_needs_no_metadata_and_is_not_another_samplers(server, info):
+    prompt, sampler = changed_text_example(info, "SDGGuidedKSampler", steps=2)
+    inputs = prompt[sampler]["inputs"]
+    blank = [inputs["model"][0], 1]
+    kept = ("seed", "steps", "cfg", "sampler_name", "scheduler", "denoise", "model")
+    again = {name: inputs[name] for name in kept} | {"positive": blank, "negative": blank, "latent_image": [sampler, 0]}
+    prompt["100"] = {"class_type": "SDGGuidanceReport", "inputs": {"latent": [sampler, 0]}}
+    assert server.run(prompt)["status"]["status_str"] == "success"
+    prompt["101"] = {"class_type": "KSampler", "inputs": again}
+    prompt["100"]["inputs"]["latent"] = ["101", 0]
+    (error,) = errors(server.run(prompt))
+    assert error["node_type"] == "SDGGuidanceReport"
+    assert "another node changed" in error["exception_message"]
+
+
+def test_a_kept_guidance_is_offered_at_once_and_gives_the_same_picture(server, info):
+    prompt, sampler = changed_text_example(info, "SDGGuidedKSampler", steps=3)
+    (text,) = [n for n, part in prompt.items() if part["class_type"] == "SDGTextGuidance"]
+    prompt["100"] = {"class_type": "SDGSavePreset", "inputs": {"guidance": [text, 0], "name": "kept"}}
+    entry = server.run(prompt)
+    assert entry["outputs"]["100"]["text"] == ["kept.json"]
+    first = server.pictures(entry)
+    inputs = {"preset_name": "kept.json", "noisy_clip": prompt[text]["inputs"]["noisy_clip"]}
+    prompt["100"] = {"class_type": "SDGLoadPreset", "inputs": inputs}
+    prompt[sampler]["inputs"]["guidance"] = ["100", 0]
+    del prompt[text]
+    second = server.pictures(server.run(prompt))
+    assert [pixels(file).tobytes() for file in first] == [pixels(file).tobytes() for file in second]
+
+
 def test_help_and_examples_are_served(server, info):
     for node in (name for name in info if name.startswith("SDG")):
         with urllib.request.urlopen(f"{server.url}/extensions/semantic-diffusion-guidance/docs/{node}.md") as page:

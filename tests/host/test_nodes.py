@@ -22,6 +22,8 @@ IDS = {
     "SDGGuidanceAugment", "SDGGuidanceBudget",
     "SDGLoadClassifier", "SDGClassifierGuidance",
     "SDGILVRReference",
+    "SDGGuidanceReport",
+    "SDGSavePreset", "SDGLoadPreset",
 }  # fmt: skip
 
 
