@@ -41,6 +41,10 @@ SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     "SDGGuidanceAugment": ([("guidance", "SDG_GUIDANCE")], [("GUIDANCE", "SDG_GUIDANCE")]),
     "SDGGuidanceBudget": ([("guidance", "SDG_GUIDANCE")], [("GUIDANCE", "SDG_GUIDANCE")]),
     "SDGDirectionGuidance": ([("noisy_clip", "NOISY_CLIP"), ("image", "IMAGE")], [("GUIDANCE", "SDG_GUIDANCE")]),
+    "SDGGuidanceReport": (
+        [("latent", "LATENT")], [("LATENT", "LATENT"), ("plot", "IMAGE"), ("text", "STRING"), ("json", "STRING")],
+    ),
+    "SDGSavePreset": ([("guidance", "SDG_GUIDANCE")], []),
     "SDGLoadClassifier": ([], [("CLASSIFIER", "SDG_CLASSIFIER")]),
     "SDGClassifierGuidance": ([("classifier", "SDG_CLASSIFIER")], [("GUIDANCE", "SDG_GUIDANCE")]),
     "SolidMask": ([], [("MASK", "MASK")]),
@@ -76,6 +80,7 @@ SIZES = {
     "SDGTextGuidance": (340, 230), "SDGContentGuidance": (340, 150), "SDGStructureGuidance": (340, 180),
     "SDGGuidanceSchedule": (340, 160), "SDGGuidanceMask": (340, 130), "SDGGuidanceTarget": (340, 100),
     "SDGGuidanceAway": (340, 100), "SDGGuidanceReferences": (340, 130), "SDGGuidanceAugment": (340, 160),
+    "SDGGuidanceReport": (320, 560), "SDGSavePreset": (300, 120),
     "SDGGuidanceBudget": (340, 100), "SDGDirectionGuidance": (340, 300), "SDGClassifierGuidance": (340, 180),
     "SDGStyleGuidance": (340, 210), "SDGCombineGuidance": (340, 220), "SDGGuidedKSampler": (320, 360),
     "VAEDecode": (300, 60), "ImageScale": (300, 140), "PreviewImage": (300, 300), "SaveImage": (560, 640),
@@ -263,7 +268,8 @@ def style_and_structure_example() -> None:
 def text_and_image_example() -> None:
     graph = Graph()
     m = models(graph, "A picture's content, changed by a text: Combine Guidance adds the two up.\n\nRaise weight_1 to "
-                      "stay closer to the picture, weight_2 to follow the text more.")  # fmt: skip
+                      "stay closer to the picture, weight_2 to follow the text more. Guidance Report says what each "
+                      "did; Save Preset, switched off here, keeps both (Ctrl-M switches it on).")  # fmt: skip
     image = reference(graph, m, 0, "a person with red hair, yellow background", 3, "1. A reference")
     content = graph.add(
         "SDGContentGuidance", "Content Guidance (SDG)", (400, 800), [*settings("content")],
@@ -271,10 +277,21 @@ def text_and_image_example() -> None:
     )  # fmt: skip
     words = text(graph, m, (400, 1000), "a person with blue hair")
     both = graph.add(
-        "SDGCombineGuidance", "Combine Guidance (SDG)", (400, 1280), [0.25, 1.5, 1.0, 1.0],
+        "SDGCombineGuidance", "Combine Guidance (SDG)", (400, 1280), [0.5, 1.0, 1.0, 1.0],
         guidance_1=content, guidance_2=words,
     )  # fmt: skip
-    result(graph, m, 800, both, 0, "text_and_image", "2. Its content, with the hair of the text")
+    graph.add("SDGSavePreset", "Save Preset (SDG)", (0, 800), ["blue_hair"], guidance=both)
+    graph.nodes[-1]["mode"] = 2  # muted
+    graph.group("Keep it", -20, 720, 380, 260)
+    graph.group("2. Its content, with the hair of the text", 380, 720, 1740, 840)
+    empty = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (800, 1220), [SIDE, SIDE, 4], vae=m.vae)
+    samples = graph.add(
+        "SDGGuidedKSampler", "Guided KSampler (SDG)", (800, 800), [0, *SAMPLING, True],
+        model=m.adm, latent_image=empty, guidance=both,
+    )  # fmt: skip
+    told = graph.add("SDGGuidanceReport", "Guidance Report (SDG)", (1160, 910), [], latent=samples)
+    decoded = graph.add("VAEDecode", "VAE Decode", (1160, 800), [], samples=told, vae=m.vae)
+    shown(graph, decoded, (1500, 800), "text_and_image")
     graph.save("text_and_image")
 
 

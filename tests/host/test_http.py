@@ -177,8 +177,9 @@ def evaluate(installed) -> Callable[[dict, str], Tensor]:
             return tuple(replace(term, region=region) for term in go(prompt, values["guidance"][0]))
         if kind in CONTROLS:
             return tuple(CONTROLS[kind](term, values) for term in go(prompt, values["guidance"][0]))
-        if kind in ("VAEDecode", "ImageScale", "SaveImage"):
-            return go(prompt, next(values[name] for name in ("samples", "image", "images") if name in values)[0])
+        if kind in ("VAEDecode", "ImageScale", "SaveImage", "SDGGuidanceReport"):
+            passed = ("samples", "image", "images", "latent")
+            return go(prompt, next(values[name] for name in passed if name in values)[0])
         return term(kind, values, prompt)
 
     def evaluated(prompt: dict, number: str, ulp: bool = False) -> Tensor:
