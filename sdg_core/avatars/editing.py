@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .demo import find_render
 from .files import bundled_latent_encoder
 from .jobs import (
     BLOCK_SEEDS,
@@ -37,7 +38,7 @@ DENOISE, DIRECTION, KEEP = 0.8, 300.0, 100.0
 """Of the edit: denoise, and the scales of direction and structure guidance."""
 REGIONS = 3.0
 WITHOUT = 1.0
-MANY = {"text": 1.0, "style": 0.5}
+MANY = {"text": 2.0, "style": 0.5}
 """Parts of the default scales, where several act at once."""
 
 
@@ -132,9 +133,7 @@ def _with_and_without(world: World) -> tuple[Pull, ...]:
 def _four_at_once(world: World) -> tuple[Pull, ...]:
     wishes = ({"background": "blue"}, {"glasses": True}, {"hat": True})
     texts = [Pull("text", prompt(wish), MANY["text"] * world.scales["text"]) for wish in wishes]
-    style = list(world.judge.attributes).index("style")
-    toon = world.judge.attributes["style"].index("flat")
-    reference = world.renders[int(torch.nonzero(world.labels[:, style] == toon)[0])]
+    reference = find_render(world, style="flat", background="blue")  # its palette is not against the texts
     return (*texts, Pull("style", reference, MANY["style"] * world.scales["style"]))
 
 
