@@ -179,11 +179,11 @@ class World:
             return ClassGuidance(self.classifier.number_of(str(pull.target)))
         if isinstance(pull.target, str):
             with torch.no_grad():
-                return TextGuidance(self.encoder.encode_text([pull.target]))
+                return TextGuidance(self.encoder.encode_text([pull.target]), texts=(pull.target,))
         if isinstance(pull.target, Change):
             with torch.no_grad():
                 before, after = self.encoder.encode_text([pull.target.before, pull.target.after]).tensor_split(2)
-            return DirectionGuidance(pull.target.picture[None], after - before)
+            return DirectionGuidance(pull.target.picture[None], after - before, pull.target[1:])
         kinds: dict[str, Callable[[Tensor], Guidance]] = {
             "content": ContentGuidance, "structure": StructureGuidance, "style": StyleGuidance
         }  # fmt: skip
