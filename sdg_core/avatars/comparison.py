@@ -20,7 +20,6 @@ Columns, all by the judge, which shares no weights with what guides:
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -42,8 +41,8 @@ from .jobs import (
     class_name,
     mean_of,
     prompt,
-    run_job,
     scored_values,
+    timed_job,
     worker_world,
 )
 from .metrics import frechet_distance, spread
@@ -158,7 +157,7 @@ def _draw(
         seeds = tuple(range(first + start, first + min(start + CHUNK, each)))
         jobs.append(Job(method.pulls(world, chosen[n]), seeds, _held(method, chosen[n])))
     done, spent = [], 0.0
-    for images, seconds in pool.map(_timed, jobs, [settings] * len(jobs)):
+    for images, seconds in pool.map(timed_job, jobs, [settings] * len(jobs)):
         done.append(images)
         spent += seconds
         progress(len(done), len(jobs))
@@ -170,12 +169,6 @@ def _held(method: Method, pair: Pair) -> LowFrequencies | None:
         return None
     encode, _ = bundled_latent_encoder()
     return LowFrequencies(encode(pair.reference[None]), method.factor)
-
-
-def _timed(job: Job, settings: Settings) -> tuple[Tensor, float]:
-    worker_world(settings.world)
-    start = time.process_time()
-    return run_job(job, settings), time.process_time() - start
 
 
 def _rows(

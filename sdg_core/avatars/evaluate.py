@@ -23,6 +23,7 @@ from torch import Tensor
 from ..method import DEFAULT_SCALE, Convention, Kind, Strength, guide
 from . import relative
 from .comparison import table_rows
+from .controls import control_rows
 from .editing import composition_rows, edit_rows
 from .files import bundled_latent_encoder
 from .jobs import (
@@ -534,6 +535,7 @@ MODEL_SUITES: dict[str, Callable[[Executor, Settings, Progress], list[Row]]] = {
     "table": table_rows,
     "edit": edit_rows,
     "composition": composition_rows,
+    "controls": control_rows,
 }
 """Suites over the latent models."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
@@ -151,6 +152,13 @@ def run_job(job: Job, settings: Settings) -> Tensor:
         seed=job.seeds[0], low=job.low, picture=job.picture,
         denoise=job.denoise,
     )  # fmt: skip
+
+
+def timed_job(job: Job, settings: Settings) -> tuple[Tensor, float]:
+    """Its pictures, and the seconds of computing that they took."""
+    worker_world(settings.world)
+    start = time.process_time()
+    return run_job(job, settings), time.process_time() - start
 
 
 def pictures(

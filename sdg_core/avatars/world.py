@@ -93,8 +93,8 @@ class Pull:
     """One wish in plain words: a kind, what it is towards, and a scale; None is the default one of its kind.
 
     Towards a prompt, a reference picture (3, h, w) in -1..1, the name of a class of the world's classifier (of the kind
-    "class"), or a change. ``region`` (h, w) is where it acts, 1 inside; ``away`` turns it around, until nothing of it
-    is left.
+    "class"), or a change. ``region`` (h, w) is where it acts, 1 inside; ``away`` turns it around, until its similarity
+    is ``until``; its gradient is taken at ``every`` k-th noise level.
     """
 
     kind: Kind | Literal["class", "direction"]
@@ -102,6 +102,8 @@ class Pull:
     scale: float | None = None
     region: Tensor | None = None
     away: bool = False
+    until: float = 0.0
+    every: int = 1
 
 
 Route = Literal["noisy linear", "clean linear", "clean decoded"]
@@ -162,10 +164,11 @@ class World:
             (usual, interval), encoder = OTHERS[pull.kind], self.classifier if pull.kind == "class" else self.encoder
         else:
             usual, interval, encoder = self.scales[pull.kind], self.intervals[pull.kind], self.encoder
-        term = Term(self._guidance(pull), encoder, usual if pull.scale is None else pull.scale, *interval)
+        scale = usual if pull.scale is None else pull.scale
+        term = Term(self._guidance(pull), encoder, scale, *interval, every=pull.every)
         if pull.region is not None:
             term = replace(term, region=Region(pull.region[None, None]))
-        return replace(term, scale=-term.scale, goal=Goal(0.0, adapted=False)) if pull.away else term
+        return replace(term, scale=-term.scale, goal=Goal(pull.until, adapted=False)) if pull.away else term
 
     @functools.cached_property
     def classifier(self) -> Classifier:

@@ -75,6 +75,12 @@ def test_edits_and_compositions_are_measured(capsys):
     assert [row["name"] for row in rows] == [f"composition/{name}" for name in COMPOSITIONS]
 
 
+def test_controls_are_measured(capsys):
+    rows = {row["name"]: row for row in evaluated(capsys, "controls", 8)}
+    assert {name.split("/")[1] for name in rows} == {"every second", "away", "mask"}
+    assert rows["controls/mask/outside"]["value"] < 1
+
+
 def test_a_classifier_pulls_towards_its_class(world):
     noise, green = seeded_noise(range(4), 32, 4), world.judge.attributes["background"].index("green")
     pictures = sample(world, [Pull("class", "green background")], noise, steps=10)
