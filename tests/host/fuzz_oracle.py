@@ -235,7 +235,10 @@ def judge_error(error: dict, case) -> Verdict:
     said = f"{name} ({error['node_id']}): {error['exception_type']}: {message[:400]}"
     if case.prompt is not None and case.prompt.get(error["node_id"], {}).get("class_type") != name:
         return Verdict("error on no node", said)
-    if not any(PACK in line for line in error["traceback"]):
+    files = [line for line in error["traceback"] if "File " in line]
+    if "can't allocate memory" in message and PACK not in files[-1]:  # for what the host computes by itself
+        return Verdict("error of the host")
+    if not any(PACK in line for line in files):
         known = any(re.search(words, f"{error['exception_type']}: {message}") for words in KNOWN_OF_HOST)
         return Verdict("error of the host", None if known else said + "\n" + "".join(error["traceback"][-3:]))
     if HOST_ADVISES in message and "TIPS" in message:

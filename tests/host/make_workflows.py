@@ -258,7 +258,7 @@ def style_and_structure_example() -> None:
         [*settings("style", STYLE_LAYERS), StyleGuidance.centred], noisy_clip=m.clip, image=look,
     )  # fmt: skip
     both = graph.add(
-        "SDGCombineGuidance", "Combine Guidance (SDG)", (400, 2090), [1.0, 1.0, 1.0, 1.0],
+        "SDGCombineGuidance", "Combine Guidance (SDG)", (400, 2090), [0.5, 0.25, 1.0, 1.0],
         guidance_1=structure, guidance_2=style,
     )  # fmt: skip
     result(graph, m, 1600, both, 0, "style_and_structure", "3. Layout of the first, style of the second")

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 FAMILIES = ["SD15", "SDXL", "SD3", "Flux", "WAN21_T2V"]
 PRECISIONS = ["fp32", "bf16", "fp16", "fp8"]
@@ -79,7 +80,8 @@ def test_the_shift_is_float32s_own_whatever_the_model_computes_in(pack, family, 
 
 
 class Dtypes(TorchDispatchMode):
-    """Floating dtypes of every tensor that is computed, and the operations that gave numbers that are not finite."""
+    """Floating dtypes of every tensor that is computed, and the operations that gave numbers that are not finite, of
+    finite ones. (A NaN that is written down says that a number is not known.)"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,10 +90,12 @@ class Dtypes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point()]
+        computed = given and not func.__name__.startswith("empty") and all(x.isfinite().all() for x in given)
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
                 self.dtypes.add(tensor.dtype)
-                if not func.__name__.startswith("empty") and not tensor.isfinite().all():
+                if computed and not tensor.isfinite().all():
                     self.broken.append(func.__name__)
         return out
 
