@@ -31,6 +31,8 @@ def to_latent(latent: object) -> dict:
         raise _refused("latent_image", samples, "a LATENT, with a tensor of samples", LATENT_MAKERS)
     if not nested and (samples.ndim < 3 or samples.numel() == 0):
         raise _refused("latent_image", samples, "one with pixels", LATENT_MAKERS)
+    if not nested and not samples.is_floating_point():
+        raise _refused("latent_image", samples, "one of floating-point numbers", LATENT_MAKERS)
     if not nested and samples.ndim > 3 and samples.shape[-2:].numel() == 1:
         raise _refused("latent_image", samples, "one of more than a single position", LATENT_MAKERS)
     numbers = latent.get("batch_index")
