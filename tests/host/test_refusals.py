@@ -76,6 +76,7 @@ def test_a_patcher_of_something_else_is_neither_a_model_nor_an_encoder(pack, run
         (torch.zeros(1, 3, 16, 16), "wanted a LATENT"),
         ({"samples": torch.zeros(0, 3, 16, 16)}, r"shape \(0, 3, 16, 16\); wanted one with pixels"),
         ({"samples": torch.zeros(1, 3, 0, 16)}, "with pixels"),
+        ({"samples": torch.zeros(1, 3, 16, 16, dtype=torch.int64)}, "wanted one of floating-point numbers"),
         ({"samples": torch.zeros(2, 3, 16, 16), "batch_index": [0]}, "2 pictures with a batch_index of 1"),
     ],
 )
