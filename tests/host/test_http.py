@@ -12,6 +12,7 @@ import shutil
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def pixels(file: bytes) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def evaluate(installed) -> Callable[[dict, str], Tensor]:
-    """evaluate(prompt, node id) -> that node's output, computed by the core alone; ``ulp`` changes noise by as much."""
+    """evaluate(prompt, node id) -> that node's output, computed by the core alone."""
     avatars = installed / "custom_nodes/semantic-diffusion-guidance/sdg_core/avatars"
 
     encode, _ = worlds.bundled_latent_encoder(avatars)
@@ -115,11 +116,8 @@ def evaluate(installed) -> Callable[[dict, str], Tensor]:
         }[kind]()
         return (guidance.Term(made, clip, values["scale"], values["start_percent"], values["end_percent"]),)
 
-    changed = False
-
     def noise(values, count, side, channels):
-        drawn = worlds.batch_noise(values["seed"], count, side, channels)
-        return torch.nextafter(drawn, torch.zeros_like(drawn)) if changed else drawn
+        return worlds.batch_noise(values["seed"], count, side, channels)
 
     def sample(values, prompt):
         here = world_of(prompt)
@@ -182,12 +180,16 @@ def evaluate(installed) -> Callable[[dict, str], Tensor]:
             return go(prompt, next(values[name] for name in passed if name in values)[0])
         return term(kind, values, prompt)
 
-    def evaluated(prompt: dict, number: str, ulp: bool = False) -> Tensor:
-        nonlocal changed
-        changed = ulp
-        return go(prompt, number)
+    return go
 
-    return evaluated
+
+def scaled(prompt: dict, share: float) -> dict:
+    """The prompt with every guidance's scale times ``share``."""
+    prompt = deepcopy(prompt)
+    for node in prompt.values():
+        if "scale" in node["inputs"] and node["class_type"].startswith("SDG"):
+            node["inputs"]["scale"] *= share
+    return prompt
 
 
 @pytest.mark.parametrize("name", BUNDLED)
@@ -201,22 +203,23 @@ def test_example_runs_as_it_is(server, info, name):
 
 @pytest.mark.parametrize("name", [name for name in BUNDLED if name not in (*TRAINING, *TIMED)])
 def test_example_gives_the_cores_picture(server, info, evaluate, name):
-    """Within one of 255, or, where guidance amplifies rounding, ten times what one ulp of the noise grows to."""
+    """Within two of 255 at a fiftieth of its scales: at the whole of them guidance overshoots and amplifies rounding."""
     prompt = tools.to_prompt(EXAMPLES[name], info)
-    files = server.pictures(server.run(prompt))
-    seen = np.stack([pixels(file) for file in files])
+    gentle = scaled(prompt, 0.02)
+    seen = np.stack([pixels(file) for file in server.pictures(server.run(gentle))])
     if name == "pixels":
         seen = seen[:, 4::8, 4::8]
     (output,) = [number for number, node in prompt.items() if node["class_type"] == "SaveImage"]
-    wanted, near = (
-        ((evaluate(prompt, output, ulp=ulp).movedim(1, -1).numpy() + 1) * 127.5).astype(np.uint8).astype(int)
-        for ulp in (False, True)
+    wanted, unguided = (
+        ((evaluate(asked, output).movedim(1, -1).numpy() + 1) * 127.5).astype(np.uint8).astype(int)
+        for asked in (gentle, scaled(prompt, 0.0))
     )
-    off, grown = np.abs(seen - wanted), np.abs(near - wanted)
-    print(f"{name}: mean difference {off.mean():.3f}, largest {off.max()} of 255; one ulp: {grown.mean():.3f}")
+    off, moved = np.abs(seen - wanted), np.abs(seen - unguided)
+    print(f"{name}: mean difference {off.mean():.3f}, largest {off.max()} of 255; guidance moved {moved.mean():.2f}")
     assert seen.shape == wanted.shape
-    assert off.max() <= 1 or off.mean() <= 10 * grown.mean()
-    assert off.mean() < 4
+    assert off.max() <= 2
+    assert moved.max() >= 10
+    assert moved.mean() > 10 * off.mean()
 
 
 # Graphs: nodes, links and values against the host's own schemas, also where the models are not here
