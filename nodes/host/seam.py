@@ -13,7 +13,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...sdg_core.encoders import CleanCLIP
-from ...sdg_core.method import DecodedView, GuidanceRun, Strength, Term, added, guidance_shift
+from ...sdg_core.method import DecodedView, Early, GuidanceRun, Strength, Term, added, guidance_shift
 from ...sdg_core.models import Classifier
 from .encoders import HostGuidance
 from .memory import activation_bytes, decoder_bytes, explained, make_resident
@@ -105,9 +105,10 @@ def _corrector(runs: list[GuidanceRun], patchers: Sequence[comfy.model_patcher.M
         for patcher in patchers:  # the original patchers, kept by this closure: a clone's death would unload them
             make_resident(patcher.model, x.device)
         model_options, caught = catch_uncond(guider.model_options, model_options)
+        level = Early(sigma)
         denoised = executor(x, sigma, model_options, seed)
         with explained(f"the guidance of a batch of shape {tuple(x.shape)}"):
-            shift = guidance_shift(denoised, *scaling_of(guider.model_patcher).core(x, sigma), run)
+            shift = guidance_shift(denoised, *scaling_of(guider.model_patcher).core(x, level.read()), run)
         if shift is None:
             return denoised
         for uncond in caught:

@@ -24,7 +24,8 @@ class NodeText:
 
 
 def report(run: GuidanceRun) -> None:
-    """One line in the log about a finished run."""
+    """One line in the log about a finished run, beside its warnings."""
+    run.warn()
     capped = sum(int(step.capped.sum()) for step in run.trace)
     pictures = sum(len(step.capped) for step in run.trace)
     budget = "" if run.budget is None else f" Budget: {run.budget}."

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..method import Features, averaging_gain, precise, resize
+from ..method import Features, Placed, averaging_gain, precise, resize
 from .towers import open_tower
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class CleanCLIP(nn.Module):
         super().__init__()
         self.image_size, self.noise_size = image_size, picture_size or image_size
         self.mean, self.std, self.has_text, self.tokenizer = tuple(mean), tuple(std), has_text, tokenizer
+        self._placed = Placed(self.mean), Placed(self.std)
         self.build, self.source = build, source
         self.tower = open_tower(clip.visual)
         clip.visual = None
@@ -81,7 +82,7 @@ class CleanCLIP(nn.Module):
         """Pictures of any size in -1..1 -> the tower's size, normalised as CLIP's training was."""
         image = image.to(next(self.tower.parameters()).dtype)
         image = resize(resize(image, self.noise_size), self.image_size)
-        mean, std = (image.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (placed.like(image).view(1, 3, 1, 1) for placed in self._placed)
         return ((image + 1) / 2 - mean) / std
 
     def noise_gain(self, height: int, width: int) -> float:

@@ -2,9 +2,9 @@
 
 Read in this order: ``schedule`` (x_t = alpha x_0 + sigma eps), ``views`` (what an encoder looks at), ``features``
 (what it gives), ``controls`` and ``blend`` (when and how a score counts), ``guidance`` and ``classes`` (the scores F),
-``gradient`` (grad F), ``strength`` (how large a shift), ``run`` and ``references`` (what a run remembers), ``guide``
-(denoised + sigma^2 / alpha grad F). ``report`` and ``chart`` say what a run did. Beside it stands ``ilvr`` (the low
-frequencies of a reference, without a gradient).
+``gradient`` (grad F), ``strength`` (how large a shift), ``run``, ``references`` and ``targets`` (what is remembered),
+``guide`` (denoised + sigma^2 / alpha grad F). ``report`` and ``chart`` say what a run did. Beside it stand ``ilvr``
+(the low frequencies of a reference, without a gradient) and ``device`` (how nothing in a step waits for a GPU).
 It knows encoders by their contract only, and no host.
 """
 
@@ -12,6 +12,7 @@ from .blend import Blend
 from .chart import draw_report
 from .classes import ClassGuidance
 from .controls import CHOICES, EASES, Augment, Choice, Crop, Curve, Ease, Goal, Region, Several, feathered
+from .device import Early, Placed, version_of
 from .features import Encoder, Features, NoisyEncoder, embedding, gram, joined, squared_distance, squared_size, unit
 from .gradient import Sight, Target, as_normal, gradient_scope, score_gradient
 from .guidance import (
@@ -59,6 +60,7 @@ __all__ = [
     "Curve",
     "DecodedView",
     "DirectionGuidance",
+    "Early",
     "Ease",
     "Encoder",
     "Fade",
@@ -73,6 +75,7 @@ __all__ = [
     "LowFrequencies",
     "NoisyEncoder",
     "PixelView",
+    "Placed",
     "Region",
     "Several",
     "Sight",
@@ -113,4 +116,5 @@ __all__ = [
     "squared_size",
     "timestep_embedding",
     "unit",
+    "version_of",
 ]

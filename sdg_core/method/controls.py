@@ -8,6 +8,7 @@ others go on sharing one pass.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .device import beside
 
 Ease = Literal["constant", "linear", "ease in", "ease out", "ease in and out"]
 EASES: tuple[Ease, ...] = get_args(Ease)
@@ -91,12 +94,13 @@ class Region:
                     "Draw a larger one, or lower feather."
                 )
 
-    def of_picture(self, number: Tensor, size: tuple[int, int]) -> Tensor | None:
-        """The masks (B, 1, H, W) of the pictures of these numbers (B,) at a size; None is everywhere."""
+    def of_picture(self, number: Tensor, size: tuple[int, int], like: Tensor) -> Tensor | None:
+        """The masks (B, 1, H, W) of the pictures of these numbers (B,), on the CPU, at a size, with the device and
+        precision of another tensor; None is everywhere."""
         if self.picture is None:
             return None
-        mask = F.interpolate(feathered(self.picture, self.feather).to(number.device), size, mode="area")
-        return mask[number % len(mask)]
+        mask = _at_size(self, size, like.device, like.dtype)
+        return mask.expand(len(number), -1, -1, -1) if len(mask) == 1 else mask[beside(number % len(mask), mask)]
 
     def of_references(self, count: int, size: tuple[int, int]) -> Tensor | None:
         """The masks (count or 1, 1, H, W) of references at a size. Raises ValueError where their numbers differ."""
@@ -108,6 +112,14 @@ class Region:
                 "for each. Connect another reference_mask."
             )
         return F.interpolate(feathered(self.reference, self.feather), size, mode="area")
+
+
+@functools.lru_cache(maxsize=32)
+def _at_size(region: Region, size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The masks (N, 1, H, W) of the pictures: a run asks for them at every step."""
+    assert region.picture is not None
+    with torch.inference_mode(False):
+        return F.interpolate(feathered(region.picture.clone(), region.feather), size, mode="area").to(device, dtype)
 
 
 def feathered(mask: Tensor, feather: float) -> Tensor:
@@ -199,11 +211,11 @@ class Several:
 
     def joined(self, scores: Tensor, best: float) -> Tensor:
         """One score of every sample (B,) from those of all references (R, B): "mean" or "nearest"."""
-        weights = scores.new_tensor(self.weights_of(len(scores)))[:, None]
+        weights = self.weights_of(len(scores))
         if self.choice == "mean":
-            return (weights * scores).sum(dim=0) / weights.sum()
-        nearest = ((best - scores.detach()) / weights).argmin(dim=0, keepdim=True)
-        return scores.gather(0, nearest)[0]
+            return torch.stack([w * s for w, s in zip(weights, scores, strict=True)]).sum(dim=0) / sum(weights)
+        far = torch.stack([(best - s) / w for w, s in zip(weights, scores.detach(), strict=True)])
+        return scores.gather(0, far.argmin(dim=0, keepdim=True))[0]
 
     def turn(self, count: int, number: int) -> int:
         """Which of so many references is on at the turn of this number: the one that is furthest behind its weight."""

@@ -122,7 +122,7 @@ def score_gradient(
         scores = torch.stack(
             [target.score(term.guidance, features) for term, target in zip(terms, targets, strict=True)]
         )
-        total = (as_normal(weights).to(scores, copy=True) * scores).sum()
+        total = (as_normal(weights).clone().to(scores, non_blocking=True) * scores).sum()
         if not sight.view.modules:
             (grad,) = torch.autograd.grad(total, x)
         else:
@@ -194,6 +194,8 @@ class Chunks:
                     rows = slice(start, start + size)
                     few = [target.take(rows) for target in targets]
                     parts.append(score_gradient(encoder, terms, weights[:, rows], few, x[rows], sight.take(rows)))
+                if len(parts) == 1:
+                    return parts[0]
                 return torch.cat([grad for grad, _ in parts]), torch.cat([scores for _, scores in parts], dim=1)
             except RuntimeError as error:
                 if size == 1 or not _out_of_memory(error):

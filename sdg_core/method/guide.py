@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .controls import SOFT, Crop
+from .device import Span, beside
 from .features import Encoder, reads_noise
 from .gradient import Sight
 from .precision import added
-from .references import Batch, window
+from .references import Batch
 from .report import cosines_of, sizes_of
 from .run import GuidanceRun, Kept, StepTrace
 from .schedule import MIN_ALPHA, Convention, expand
@@ -35,36 +36,33 @@ def guide(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Ten
 
 def guidance_shift(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Tensor | None:
     """What ``guide`` adds, in the precision of x_t, at least float32, or None where there is nothing to add."""
-    try:
-        if run.budget is None:
-            return _shift(denoised, x_t, sigma, run)
-        with run.budget.measured(run):
-            return _shift(denoised, x_t, sigma, run)
-    finally:
-        run.left = run.clock()
+    with run.timed(denoised.device) as model:
+        return _shift(denoised, x_t, sigma, run, model)
 
 
-def _shift(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun) -> Tensor | None:
+def _shift(denoised: Tensor, x_t: Tensor, sigma: Tensor, run: GuidanceRun, model: Span | None = None) -> Tensor | None:
     batch = Batch.of(denoised, x_t, sigma)
     weights = run.weights(batch.sigma, batch.frame, batch.frames)
     if not bool((weights != 0).any()):
         return None
-    model = None if run.left is None else run.when(batch.denoised) - run.left
     pull = _pull(batch, weights, run)
     shift, made = _sized(pull, batch, weights, run)
     run.trace.append(
         StepTrace(
-            float(sigma.flatten()[0]),
+            float(batch.sigma[0]),
             pull.scores,
             shift.pull,
             shift.capped,
+            shift.broken,
             weights != 0,
             sizes_of(made, *weights.shape),
             cosines_of(pull.own, *weights.shape),
-            tuple(pull.seconds),
+            tuple(map(tuple, pull.spans)),
             model,
         )
     )
+    if denoised.device.type == "cpu":  # reading costs nothing there
+        run.warn()
     return batch.unfold(shift.shift)
 
 
@@ -81,12 +79,14 @@ def _sized(pull: Pull, batch: Batch, weights: Tensor, run: GuidanceRun) -> tuple
     shift = shifted(pull.grad)
     step = rms((batch.x_t - alpha * batch.denoised) / alpha)  # sigma / alpha * eps: the model's own step
     free = torch.ones_like(step)
+    broken = torch.zeros_like(step, dtype=torch.bool)
     if pull.aimed is not None:  # goals size their part of the shift: only the cap's bound is left for them
         if strength.mode == "relative":
-            shift, _, _, free = bounded(shift, step, strength, room, full)
+            shift, _, _, free, broken = bounded(shift, step, strength, room, full)
         shift = shift + shifted(pull.aimed)
         full, strength = None, Strength("absolute", strength.cap)
     made = bounded(shift, step, strength, room, full)
+    made = made._replace(broken=made.broken | broken)
     parts = {k: rms(shifted(part)) / step.clamp(min=torch.finfo(step.dtype).tiny) for k, part in pull.added.items()}
     return made, {k: size * made.factor * (1 if run.terms[k].aims else free) for k, size in parts.items()}
 
@@ -103,12 +103,12 @@ class Pull:
     (K, B).
 
     ``own``: the gradients (B, C, H, W) of terms that are known by themselves; ``added``: what of them is in the sums,
-    where blends changed them. ``seconds`` (K): what each term's pass took.
+    where blends changed them. ``spans`` (K): when each term's passes ran.
     """
 
     grad: Tensor
     scores: Tensor
-    seconds: list[float]
+    spans: list[list[Span]]
     aimed: Tensor | None = None
     own: dict[int, Tensor] = field(default_factory=dict)
     added: dict[int, Tensor] = field(default_factory=dict)
@@ -116,7 +116,8 @@ class Pull:
 
 def _pull(batch: Batch, weights: Tensor, run: GuidanceRun) -> Pull:
     apart = [k for k, term in enumerate(run.terms) if term.apart and bool((weights[k] != 0).any())]
-    pull = Pull(torch.zeros_like(batch.x_t), torch.zeros_like(weights), [0.0] * len(weights))
+    scores = torch.zeros(weights.shape, dtype=weights.dtype, device=batch.x_t.device)
+    pull = Pull(torch.zeros_like(batch.x_t), scores, [[] for _ in weights])
     _pull_together(pull, batch, _without(weights, apart), run)
     _pull_apart(pull, apart, batch, weights, run)
     return pull
@@ -126,16 +127,18 @@ def _pull_together(pull: Pull, batch: Batch, weights: Tensor, run: GuidanceRun) 
     """Adds the terms that share a pass with all others of their encoder."""
     for encoder, members, rows in run.active(weights, batch):
         some, seen = weights[members][:, rows], batch.take(rows)
-        begun = run.clock()
+        there = beside(rows, batch.x_t)
+        begun = run.now(batch.x_t.device)
         part, part_scores = _encoder_gradient(encoder, members, seen, some, run)
-        pull.grad[rows] += _of_x_t(encoder, part, seen, run)
-        pull.scores[torch.tensor(members)[:, None], rows] = part_scores.to(pull.scores)
-        spent = (run.when(pull.grad) - begun) / len(members)
+        pull.grad[there] += _of_x_t(encoder, part, seen, run)
+        for k, score in zip(members, part_scores, strict=True):
+            pull.scores[k][there] = score.to(pull.scores)
+        span = Span(begun, run.now(batch.x_t.device), 1 / len(members))
         for k in members:
-            pull.seconds[k] += spent
+            pull.spans[k].append(span)
         parts = {members[0]: part} if len(members) == 1 else _one_by_one(encoder, members, seen, some, run)
         for k, own in parts.items():
-            pull.own.setdefault(k, torch.zeros_like(batch.x_t))[rows] = _of_x_t(encoder, own, seen, run)
+            pull.own.setdefault(k, torch.zeros_like(batch.x_t))[there] = _of_x_t(encoder, own, seen, run)
             pull.added[k] = pull.own[k]
 
 
@@ -153,11 +156,11 @@ def _pull_apart(pull: Pull, apart: list[int], batch: Batch, weights: Tensor, run
     """Adds the terms that controls give a pass of their own."""
     parts: dict[int, Tensor] = {}
     for k in apart:
-        begun = run.clock()
+        begun = run.now(batch.x_t.device)
         kept = _own_gradient(k, weights[k] != 0, batch, run)
         pull.scores[k] = kept.score
         part = pull.own[k] = _counted(k, kept, weights[k], batch, run)
-        pull.seconds[k] = run.when(part) - begun
+        pull.spans[k].append(Span(begun, run.now(batch.x_t.device)))
         if run.terms[k].aims:
             pull.aimed = part if pull.aimed is None else pull.aimed + part
             pull.added[k] = part
@@ -181,7 +184,8 @@ def _blended(parts: dict[int, Tensor], weights: Tensor, run: GuidanceRun) -> dic
             found |= {k: parts[k] for k in members}
             continue
         shares = torch.stack([weights[k] / run.terms[k].scale * run.terms[k].share for k in members])
-        found |= dict(zip(members, blend(torch.stack([parts[k] for k in members]), shares).unbind(), strict=True))
+        together = torch.stack([parts[k] for k in members])
+        found |= dict(zip(members, blend(together, shares.to(together, non_blocking=True)).unbind(), strict=True))
     return found
 
 
@@ -206,10 +210,12 @@ def _amount(k: int, weight: Tensor, kept: Kept, slope: Tensor, batch: Batch, run
         return weight
     best = term.guidance.best
     gap = term.goal.gap(kept.present, best, term.scale)
+    weight = weight.to(gap.device, non_blocking=True)
     if not term.goal.adapted:
         return weight * (gap / SOFT).clamp(0, 1)
     alpha, square = run.convention.alpha(batch.sigma), batch.sigma.square()
     moved = alpha if reads_noise(term.encoder) else (alpha.square() * run.variance + square) / (alpha * run.variance)
+    alpha, moved, square = (v.to(slope.device, non_blocking=True) for v in (alpha, moved, square))
     rise = moved * square * slope
     memory = run.memory(k)
     alike = (best - kept.score) / (best - kept.present).clamp(min=LEAST_DISTANCE)  # scores under noise count otherwise
@@ -220,7 +226,7 @@ def _amount(k: int, weight: Tensor, kept: Kept, slope: Tensor, batch: Batch, run
 
 def _without(weights: Tensor, apart: list[int]) -> Tensor:
     """Weights (K, B) of the terms that share their pass."""
-    return weights.index_fill(0, torch.tensor(apart, device=weights.device), 0.0) if apart else weights
+    return weights.index_fill(0, torch.tensor(apart), 0.0) if apart else weights
 
 
 def _own_gradient(k: int, wanted: Tensor, batch: Batch, run: GuidanceRun) -> Kept:
@@ -233,13 +239,14 @@ def _own_gradient(k: int, wanted: Tensor, batch: Batch, run: GuidanceRun) -> Kep
     if kept is None:
         run.gradients += 1
         crops = run.crops(k, batch)
-        grad, score, weights = torch.zeros_like(batch.x_t), torch.zeros_like(batch.sigma), run.only(k, wanted)
+        grad, weights = torch.zeros_like(batch.x_t), run.only(k, wanted)
+        score = grad.new_zeros(len(grad))
         for encoder, members, rows in run.active(weights, batch):
-            seen, ones = batch.take(rows), weights[members][:, rows]
+            seen, ones, there = batch.take(rows), weights[members][:, rows], beside(rows, grad)
             for crop in crops:
                 part, scores = _encoder_gradient(encoder, members, seen, ones, run, crop)
-                grad[rows] += part.to(grad) / len(crops)
-                score[rows] += scores[0].to(score) / len(crops)
+                grad[there] += part.to(grad) / len(crops)
+                score[there] += scores[0].to(score) / len(crops)
         present = _present_score(k, batch, run) if run.terms[k].aims else score
         kept = memory.keep(level, Kept(grad, score, wanted, present.to(score)))
     return kept
@@ -255,10 +262,11 @@ def _present_score(k: int, batch: Batch, run: GuidanceRun) -> Tensor:
     view, ones = run.view_of(encoder), torch.ones_like(batch.sigma)
     ratio = encoder.table.ratio[:1].to(batch.sigma) if reads_noise(encoder) else None
     t = torch.zeros_like(batch.sigma[:1])
-    sight = Sight(view, ones, t, window(term, view, batch, ratio))
+    sight = Sight(view, ones, t, run.references.window(term, view, batch, ratio))
     picture = view.picture(batch.denoised, ones)
     features = sight.features(encoder, picture, term.guidance.depth(encoder))
-    return run.references.target(k, term, view, batch, ratio).score(term.guidance, features)
+    (target,) = run.references.targets([k], run.terms, view, batch, ratio)
+    return target.score(term.guidance, features)
 
 
 def _of_x_t(encoder: Encoder, grad: Tensor, batch: Batch, run: GuidanceRun) -> Tensor:
@@ -283,14 +291,14 @@ def _encoder_gradient(
     view, x, sigma = run.view_of(encoder), batch.x_t, batch.sigma
     terms = [run.terms[k] for k in members]
     if not reads_noise(encoder):
-        seen = window(terms[0], view, batch, None)
+        seen = run.references.window(terms[0], view, batch, None)
         sight = Sight(view, torch.ones_like(sigma), torch.zeros_like(sigma[:1]), seen, crop)
-        targets = [run.references.target(k, run.terms[k], view, batch, None, crop) for k in members]
+        targets = run.references.targets(members, run.terms, view, batch, None, crop)
         return run.chunks.gradient(encoder, terms, weights, targets, batch.denoised, sight)
     ratio, norm = encoder_noise(encoder, view.size(*x.shape[-2:]), sigma, run.convention)
-    seen = window(terms[0], view, batch, ratio[:1])
+    seen = run.references.window(terms[0], view, batch, ratio[:1])
     sight = Sight(view, run.convention.alpha(sigma) / norm, encoder.table.timestep(ratio[:1]), seen)
-    targets = [run.references.target(k, run.terms[k], view, batch, ratio[:1]) for k in members]
+    targets = run.references.targets(members, run.terms, view, batch, ratio[:1])
     return run.chunks.gradient(encoder, terms, weights, targets, x / expand(norm, x), sight)
 
 

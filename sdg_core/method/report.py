@@ -134,21 +134,22 @@ class GuidanceReport:
 
 def sizes_of(sizes: dict[int, Tensor], count: int, batch: int) -> Tensor:
     """Numbers (B,) of terms k as rows (K, B), NaN for terms without."""
-    unknown = torch.full((batch,), math.nan).to(next(iter(sizes.values()), torch.empty(0)))
+    like = next(iter(sizes.values()), torch.empty(0))
+    unknown = torch.full((batch,), math.nan, dtype=like.dtype, device=like.device)
     return torch.stack([sizes.get(k, unknown) for k in range(count)])
 
 
 def cosines_of(grads: dict[int, Tensor], count: int, batch: int) -> Tensor:
     """Cosines (K, K, B) between the gradients (B, C, H, W) of terms k; NaN for terms without one, and where it is 0."""
-    found = torch.full((count, count, batch), math.nan)
     if len(grads) < 2:
-        return found
-    rows = torch.tensor(list(grads))
+        return torch.full((count, count, batch), math.nan)
     flat = torch.stack([grad.flatten(1) for grad in grads.values()])
     unit = flat / flat.norm(dim=2, keepdim=True)  # 0 / 0 is NaN: no gradient, no angle
     cosines = torch.einsum("kbn,lbn->klb", unit, unit).clamp(-1, 1)
-    found = found.to(cosines)
-    found[rows[:, None], rows] = cosines
+    found = torch.full_like(cosines[:1, :1], math.nan).repeat(count, count, 1)
+    for i, row in zip(grads, cosines, strict=True):
+        for j, cosine in zip(grads, row, strict=True):
+            found[i, j] = cosine
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .controls import Crop
+from .device import Moment, Rows, Span, now
 from .features import Encoder
 from .gradient import Chunks
 from .guidance import Term
@@ -20,6 +22,8 @@ from .references import REFERENCE_SEED, Batch, References
 from .schedule import MIN_ALPHA, Convention, expand
 from .strength import Strength
 from .views import PIXEL_VIEW, View
+
+log = logging.getLogger(__name__)
 
 FIRST_REALISED = 0.5
 """What part of a shift is taken to stay at the first step, before there is a ratio of noise levels."""
@@ -39,22 +43,34 @@ than float32 noise levels are sure of, because guidance amplifies the last bit, 
 class StepTrace:
     """What one guided step did: scores (K, B), RMS of the shift over the model's own step (B,), where the cap bound.
 
-    ``sigma`` is the first sample's. ``acts`` (K, B): where terms had a weight. ``sizes`` (K, B): the RMS that each term
-    has in the shift, over the model's step. ``cosines`` (K, K, B): those of the angles between the terms' gradients, as
-    their encoders give them. Both are NaN where a gradient is not known by itself: of terms that share a pass, unless
-    the run is ``measured``. ``seconds`` (K): what each term's pass took, shared passes divided among their terms; None
-    for the model where its start wasn't seen.
+    ``sigma`` is the first sample's. ``broken`` (B,): where the shift was not finite. ``acts`` (K, B): where terms had a
+    weight. ``sizes`` (K, B): the RMS that each term has in the shift, over the model's step. ``cosines`` (K, K, B):
+    those of the angles between the terms' gradients, as their encoders give them. Both are NaN where a gradient is not
+    known by itself: of terms that share a pass, unless the run is ``measured``. ``spans`` (K): when each term's passes
+    ran, shared ones divided among their terms; None for the model where its start wasn't seen. Tensors but ``acts`` are
+    on the pictures' device.
     """
 
     sigma: float
     scores: Tensor
     pull: Tensor
     capped: Tensor
+    broken: Tensor
     acts: Tensor
     sizes: Tensor
     cosines: Tensor
-    seconds: tuple[float, ...]
-    model_seconds: float | None
+    spans: tuple[tuple[Span, ...], ...]
+    model: Span | None
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        """What each term's passes took."""
+        return tuple(sum(span.seconds for span in spans) for spans in self.spans)
+
+    @property
+    def model_seconds(self) -> float | None:
+        """What the model's call before them took."""
+        return None if self.model is None else self.model.seconds
 
 
 @dataclass(frozen=True)
@@ -96,7 +112,7 @@ class Memory:
     def pulled(self, gap: Tensor, acts: Tensor) -> Tensor:
         """A goal's gap (B,) in samples that were short of it once where it acts (B,); 0 in those that never were."""
         known = self.short is not None and self.short.shape == gap.shape
-        short = (gap > 0) & acts
+        short = (gap > 0) & acts.to(gap.device, non_blocking=True)
         self.short = short | self.short if known and self.short is not None else short
         return torch.where(self.short, gap, torch.zeros_like(gap))
 
@@ -123,33 +139,35 @@ class Budget:
 
         every = ceil(c / (m * percent / 100))
 
-    ``clock`` gives seconds. Guidance waits for its own results, so on a GPU too the times are those of the work.
+    from the next call on. Only there the times are read, so that a GPU is not waited for.
     """
 
     percent: float
-    clock: Callable[[], float] = time.perf_counter
     every: int = 1
     taken: int = 0
     guidance: float = 0.0
     model: float = 0.0
-    left: float | None = None
+    measured: tuple[Span, Span] | None = None
 
-    @contextmanager
-    def measured(self, run: GuidanceRun) -> Iterator[None]:
-        """Around all that guidance does in one model call."""
-        start, before = self.clock(), run.gradients
-        model, warm = 0.0 if self.left is None else start - self.left, self.taken > 0
-        yield
-        self.left = self.clock()
-        if run.gradients == before:
-            return
+    def took(self, guidance: Span, model: Span | None) -> None:
+        """Notes when a call in which gradients were taken ran, and the model's call before it, where that is known."""
         self.taken += 1
-        if warm and self.model == 0 and model > 0:
-            self.guidance, self.model = self.left - start, model
-            self.every = max(1, math.ceil(self.guidance / (model * self.percent / 100) - 1e-9))
+        if self.taken > 1 and self.model == 0 and model is not None:
+            self.measured = guidance, model
+
+    def settle(self) -> None:
+        """Reads what was measured, and chooses."""
+        if self.measured is None:
+            return
+        guidance, model = (span.seconds for span in self.measured)
+        self.measured = None
+        if model > 0:
+            self.guidance, self.model = guidance, model
+            self.every = max(1, math.ceil(guidance / (model * self.percent / 100) - 1e-9))
 
     def __str__(self) -> str:
         """What it chose, in words."""
+        self.settle()
         if self.model == 0:
             return f"too few steps to hold guidance to {self.percent:g} % more time"
         cost = 100 * self.guidance / self.model
@@ -182,7 +200,9 @@ class GuidanceRun:
     budget: Budget | None = None
     measured: bool = False
     clock: Callable[[], float] = time.perf_counter
-    left: float | None = None
+    left: Moment | None = None
+    warned: int = 0
+    sigmas: dict[float, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         wanted = [term.budget for term in self.terms if term.budget is not None]
@@ -198,10 +218,36 @@ class GuidanceRun:
         size = batch.x_t.shape[-2:]
         return augment.crops(self.view_of(self.terms[k].encoder).size(size[0], size[1]), generator)
 
-    def when(self, done: Tensor) -> float:
-        """The time at which a tensor is there: a GPU is asked for it before it has computed it."""
-        done.flatten()[:1].tolist()
-        return self.clock()
+    def now(self, device: torch.device) -> Moment:
+        """The moment at which a device gets here."""
+        return now(device, self.clock)
+
+    @contextmanager
+    def timed(self, device: torch.device) -> Iterator[Span | None]:
+        """Around all that guidance does in one call of the model, which ran in the span that it gives, if known."""
+        begun, before = self.now(device), self.gradients
+        model = None if self.left is None else Span(self.left, begun)
+        if self.budget is not None:
+            self.budget.settle()
+        try:
+            yield model
+        finally:
+            self.left = self.now(device)
+            if self.budget is not None and self.gradients > before:
+                self.budget.took(Span(begun, self.left), model)
+
+    def warn(self) -> None:
+        """Says in the log which steps since the last warning were not guided, as their gradient was not finite."""
+        for step in self.trace[self.warned :]:
+            if broken := int(step.broken.sum()):
+                log.warning("The guidance gradient was not finite in %d samples; their step is not guided.", broken)
+        self.warned = len(self.trace)
+
+    def sigma_at(self, percent: float) -> float:
+        """``percent_to_sigma``, asked once for each."""
+        if percent not in self.sigmas:
+            self.sigmas[percent] = self.percent_to_sigma(percent)
+        return self.sigmas[percent]
 
     def memory(self, k: int) -> Memory:
         """What term k keeps between model calls."""
@@ -213,20 +259,20 @@ class GuidanceRun:
         return term.every if term.budget is None or self.budget is None else max(term.every, self.budget.every)
 
     def weights(self, sigma: Tensor, frame: Tensor | None = None, frames: int = 1, curved: bool = True) -> Tensor:
-        """Scale of every term at sigma (B,): (K, B), 0 outside its interval and where x_t holds no signal.
+        """Scale of every term at sigma (B,): (K, B) on the CPU, 0 outside its interval and where x_t holds no signal.
 
         ``frame`` (B,) counts 0..frames - 1 where the samples are frames of videos. ``curved``: times the terms' curves.
         """
-        sigma = precise(sigma)
+        sigma = precise(sigma).cpu()
         alpha = self.convention.alpha(sigma)
         weights = sigma.new_zeros(len(self.terms), len(sigma))
         for row, term in zip(weights, self.terms, strict=True):
-            start, end = self.percent_to_sigma(term.start), self.percent_to_sigma(term.end)
+            start, end = self.sigma_at(term.start), self.sigma_at(term.end)
             row.copy_(term.scale * ((alpha > MIN_ALPHA) & (sigma <= start) & (sigma > end)))
             if term.fade is not None:
                 row.mul_(term.fade(sigma / alpha.clamp(min=MIN_ALPHA)))
             if term.frames is not None and frame is not None:
-                chosen = torch.tensor([f % frames for f in check_frames(term.frames, frames)], device=frame.device)
+                chosen = torch.tensor([f % frames for f in check_frames(term.frames, frames)])
                 row.mul_(torch.isin(frame, chosen))
             for curve in term.curves if curved else ():
                 row.mul_(curve(self.percent(sigma)))
@@ -245,7 +291,7 @@ class GuidanceRun:
 
     def only(self, k: int, wanted: Tensor) -> Tensor:
         """Weights (K, B) of 1 for term k where ``wanted`` (B,), 0 for all others."""
-        weights = torch.zeros(len(self.terms), len(wanted), device=wanted.device)
+        weights = torch.zeros(len(self.terms), len(wanted))
         weights[k] = wanted.to(weights)
         return weights
 
@@ -273,17 +319,18 @@ class GuidanceRun:
         full = self.weights(batch.sigma, batch.frame, batch.frames, curved=False)[free].abs().sum(dim=0)
         return weights[free].abs().sum(dim=0) / torch.where(full > 0, full, torch.ones_like(full))
 
-    def active(self, weights: Tensor, batch: Batch) -> list[tuple[Encoder, list[int], Tensor]]:
-        """What to do for weights (K, B): (encoder, numbers of its terms, samples (b,)), one pass each.
+    def active(self, weights: Tensor, batch: Batch) -> list[tuple[Encoder, list[int], Rows]]:
+        """What to do for weights (K, B): (encoder, numbers of its terms, samples), one pass each.
 
         Terms that share an encoder share its pass. A batch at several noise levels is taken level by level, because
         references are looked at at one level at a time. Samples without any weight are left out.
         """
-        passes = []
+        passes: list[tuple[Encoder, list[int], Rows]] = []
         for level in torch.unique(batch.sigma):
             for encoder, members in _by_encoder(self.terms, weights):
-                rows = torch.nonzero((batch.sigma == level) & (weights[members] != 0).any(dim=0)).flatten()
-                if len(rows):
+                chosen = (batch.sigma == level) & (weights[members] != 0).any(dim=0)
+                if bool(chosen.any()):
+                    rows = slice(None) if bool(chosen.all()) else torch.nonzero(chosen).flatten()
                     passes.append((encoder, members, rows))
         return passes
 

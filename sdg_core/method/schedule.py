@@ -103,5 +103,5 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0
 
 
 def expand(value: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, ...) so that it broadcasts over ``like`` (B, ...)."""
-    return value.reshape(-1, *(1,) * (like.ndim - 1))
+    """(B,) -> (B, 1, 1, ...) on the device of ``like`` (B, ...), so that it broadcasts over it."""
+    return value.to(like.device, non_blocking=True).reshape(-1, *(1,) * (like.ndim - 1))

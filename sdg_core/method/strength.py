@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -10,8 +9,6 @@ import torch
 from torch import Tensor
 
 from .schedule import expand
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,13 +39,14 @@ class Strength:
 
 
 class Bounded(NamedTuple):
-    """A shift (B, ...) of its final size, that size over the model's step (B,), where the cap bound it (B,), and what
-    it was multiplied by (B,)."""
+    """A shift (B, ...) of its final size, that size over the model's step (B,), where the cap bound it (B,), what it
+    was multiplied by (B,), and where it was not finite and became 0 (B,)."""
 
     shift: Tensor
     pull: Tensor
     capped: Tensor
     factor: Tensor
+    broken: Tensor
 
 
 def bounded(shift: Tensor, step: Tensor, strength: Strength, *parts: Tensor | None) -> Bounded:
@@ -59,21 +57,19 @@ def bounded(shift: Tensor, step: Tensor, strength: Strength, *parts: Tensor | No
     """
     size = rms(shift)
     broken = ~torch.isfinite(size)
-    if bool(broken.any()):
-        log.warning("The guidance gradient was not finite in %d samples; their step is not guided.", int(broken.sum()))
-        shift = torch.where(expand(broken, shift), torch.zeros_like(shift), shift)
-        size = torch.where(broken, torch.zeros_like(size), size)
+    shift = torch.where(expand(broken, shift), torch.zeros_like(shift), shift)
+    size = torch.where(broken, torch.zeros_like(size), size)
     tiny = torch.finfo(torch.float32).tiny
     factor, capped = torch.ones_like(size), torch.zeros_like(broken)
     if strength.cap is not None:
         bound = strength.cap * step
         for part in parts:
-            bound = bound if part is None else bound * part
+            bound = bound if part is None else bound * part.to(bound, non_blocking=True)
         allowed = bound / size.clamp(min=tiny)
         factor = allowed if strength.mode == "relative" else allowed.clamp(max=1)
         factor = torch.where(size > 0, factor, torch.zeros_like(factor))
         capped = (allowed < 1) & (strength.mode == "absolute")
-    return Bounded(shift * expand(factor, shift), size * factor / step.clamp(min=tiny), capped, factor)
+    return Bounded(shift * expand(factor, shift), size * factor / step.clamp(min=tiny), capped, factor, broken)
 
 
 def rms(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ All are differentiable and take every sample by itself. ``resize`` then brings a
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .device import Placed
 from .precision import precise
 from .schedule import expand
 
@@ -118,6 +120,10 @@ class LinearView:
     def name(self) -> str:
         return f"linear:{self.format_name}"
 
+    @functools.cached_property
+    def _placed(self) -> tuple[Placed, Placed]:
+        return Placed(self.factors), Placed(self.bias)
+
     @property
     def covariance(self) -> Tensor:
         """Covariance (3, 3) between the colours of unit noise seen through the view: A A^T."""
@@ -125,14 +131,14 @@ class LinearView:
 
     def picture(self, x: Tensor, signal: Tensor) -> Tensor:
         noise = self.noise(x)
-        return noise + expand(signal.to(noise), x) * self.bias.to(noise).view(1, 3, 1, 1)
+        return noise + expand(signal.to(noise.dtype), x) * self._placed[1].like(noise).view(1, 3, 1, 1)
 
     def noise(self, eps: Tensor) -> Tensor:
         return self.colours(precise(eps) if self.unpack is None else self.unpack(precise(eps)))
 
     def colours(self, channels: Tensor) -> Tensor:
         """A x of unpacked channels: (B, C, h, w) -> (B, 3, h, w)."""
-        return torch.einsum("rc,bchw->brhw", self.factors.to(channels), channels)
+        return torch.einsum("rc,bchw->brhw", self._placed[0].like(channels), channels)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         return height * self.patch, width * self.patch

@@ -193,7 +193,7 @@ class Classifier(nn.Module):
 
     def logits(self, x: Tensor, t: Tensor) -> Tensor:
         """(B, classes) of pictures of its own size and precision."""
-        embed = self.time_embed(timestep_embedding(t, self.config.body.model_channels).to(x))
+        embed = self.time_embed(timestep_embedding(t, self.config.body.model_channels).to(x, non_blocking=True))
         h = F.pixel_unshuffle(x, self.config.body.patch) if self.config.body.patch > 1 else x
         for block in self.input_blocks:
             h = block(h, embed)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from sdg_core.method import (
     EASES,
+    PIXEL_VIEW,
     Augment,
+    Batch,
     Blend,
     ContentGuidance,
     Convention,
@@ -517,11 +519,11 @@ def test_direction_is_the_cosine_of_two_changes(encoder, image, draw, step):
     change = draw(1, 5, seed=7)
     run = make_run(Term(DirectionGuidance(image, change), encoder, 5.0))
     guide(denoised, x_t, sigma, run)
-    target = run.references.known[max(run.references.known)][0]
-    noisy = encoder.reads == "noisy"
+    noisy, batch = encoder.reads == "noisy", Batch.of(denoised, x_t, sigma)
+    (target,) = run.references.targets([0], run.terms, PIXEL_VIEW, batch, sigma[:1] if noisy else None)
     t = encoder.table.timestep(sigma[:1]) if noisy else torch.zeros(1)
     seen = encoder(x_t / 5**0.5 if noisy else denoised, t, 3).embed
-    moved = F.normalize(seen, dim=1) - target.embed
+    moved = F.normalize(seen, dim=1) - target.features.embed
     wanted = F.cosine_similarity(moved, change, dim=1)
     torch.testing.assert_close(run.trace[0].scores[0], wanted.detach(), rtol=1e-9, atol=1e-9)
 
@@ -846,7 +848,7 @@ def test_a_budget_takes_gradients_as_often_as_it_allows(percent, every, encoder,
 
     monkeypatch.setattr(type(encoder), "forward", slow)
     run = make_run(Term(kinds["content"], encoder, 5.0, budget=percent))
-    run.budget.clock = clock
+    run.clock = clock
     spent, model = [], 0.0
     for i in range(62):
         clock.now += 10

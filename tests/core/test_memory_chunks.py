@@ -85,7 +85,7 @@ def test_parts_are_remembered_and_told_of_once(small_memory, make_run, step, cap
     run = make_run(encoder)
     for _ in range(3):
         guide(*step, run)
-    assert encoder.passes == [1, 1, 5, 2, 2, 1, *[2, 2, 1] * 2]  # two references; 5 fails, and is not tried again
+    assert encoder.passes == [1, 5, 2, 2, 1, *[2, 2, 1] * 2]  # the reference; 5 fails, and is not tried again
     (message,) = warnings_of(caplog)
     assert "Out of memory in the guidance gradient of 5 pictures" in message
 
@@ -120,7 +120,7 @@ def test_halving_twice_is_told_of_once(small_memory, make_run, step, caplog):
     run = make_run(encoder)
     guide(*step, run)
     guide(*step, run)
-    assert encoder.passes == [1, 1, 5, 2, *[1] * 10]
+    assert encoder.passes == [1, 5, 2, *[1] * 10]
     assert len(warnings_of(caplog)) == 1
 
 
@@ -129,13 +129,13 @@ def test_each_run_starts_afresh(small_memory, make_run, step):
     for _ in range(2):
         encoder.passes.clear()
         guide(*step, make_run(encoder))
-        assert encoder.passes[2] == 5
+        assert 5 in encoder.passes
 
 
 def test_enough_memory_is_not_worth_a_word(small_memory, make_run, step, caplog):
     encoder = small_memory(5)
     guide(*step, make_run(encoder))
-    assert encoder.passes == [1, 1, 5]
+    assert encoder.passes == [1, 5]
     assert warnings_of(caplog) == []
 
 

@@ -203,7 +203,7 @@ def test_example_runs_as_it_is(server, info, name):
 
 @pytest.mark.parametrize("name", [name for name in BUNDLED if name not in (*TRAINING, *TIMED)])
 def test_example_gives_the_cores_picture(server, info, evaluate, name):
-    """Within two of 255 at a fiftieth of its scales: at the whole of them guidance overshoots and amplifies rounding."""
+    """Within two of 255 at a fiftieth of its scales: at all of them guidance overshoots, and amplifies rounding."""
     prompt = tools.to_prompt(EXAMPLES[name], info)
     gentle = scaled(prompt, 0.02)
     seen = np.stack([pixels(file) for file in server.pictures(server.run(gentle))])
