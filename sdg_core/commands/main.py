@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import convert, draw, evaluate, finetune
+from . import bench, convert, draw, evaluate, finetune
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +24,6 @@ def parser() -> argparse.ArgumentParser:
     """Commands and options."""
     top = argparse.ArgumentParser(prog="sdg", description="Semantic Diffusion Guidance without ComfyUI.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for room in (draw, evaluate, finetune, convert):
+    for room in (draw, evaluate, bench, finetune, convert):
         room.add(commands)
     return top

@@ -40,6 +40,11 @@ class TargetCache:
         while self.size > self.limit:
             self.size -= bytes_of(self._known.pop(next(iter(self._known))))
 
+    def clear(self) -> None:
+        """Forgets all of them."""
+        self._known.clear()
+        self.size = 0
+
     def __len__(self) -> int:
         return len(self._known)
 

@@ -39,12 +39,15 @@ class ADMDenoiser:
         return config.channels, config.image_size, config.image_size
 
     def predict(self, x: Tensor, sigma: Tensor) -> Prediction:
-        """Denoised and the variance fraction at sigma (B,), read at the nearest timestep of training."""
+        """Denoised and the variance fraction at sigma (B,), read at the nearest timestep of training.
+
+        A gradient flows back to an x that asks for one, and to nothing else.
+        """
         s, config = expand(precise(sigma), x), self.unet.config
         if self.convention is Convention.FLOW:
-            with torch.no_grad():
+            with torch.set_grad_enabled(x.requires_grad):
                 return Prediction(x - self.unet(x, 1000 * sigma) * s)
-        with torch.no_grad():
+        with torch.set_grad_enabled(x.requires_grad):
             power = s.square() + 1
             out = self.unet(x / power.sqrt(), self.table.timestep(sigma).round())
         mean, variance = out.chunk(2, dim=1) if config.learn_sigma else (out, None)
