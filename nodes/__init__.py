@@ -12,6 +12,7 @@ from .controls import (
     SDGGuidanceMask,
     SDGGuidanceReferences,
     SDGGuidanceSchedule,
+    SDGGuidanceSpeed,
     SDGGuidanceTarget,
 )
 from .finetune import SDGFinetuneNoisyCLIP, SDGSaveNoisyCLIP
@@ -53,6 +54,7 @@ NODES: list[type[io.ComfyNode]] = [
     SDGCombineGuidance,
     SDGGuidanceFrames,
     SDGGuidanceSchedule,
+    SDGGuidanceSpeed,
     SDGGuidanceMask,
     SDGGuidanceTarget,
     SDGGuidanceAway,

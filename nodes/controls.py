@@ -11,6 +11,7 @@ from torch import Tensor
 from ..sdg_core.method import (
     CHOICES,
     EASES,
+    PACES,
     Augment,
     ContentGuidance,
     Curve,
@@ -79,6 +80,33 @@ class SDGGuidanceSchedule(io.ComfyNode):
         return modified(
             guidance, lambda term: replace(term, curves=(*term.curves, shape), every=max(every, term.every))
         )
+
+
+class SDGGuidanceSpeed(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SDGGuidanceSpeed",
+            display_name="Guidance Speed (SDG)",
+            category="SDG/guidance",
+            description="Trades a guidance's exactness for time. Use it for drafts, and for slow encoders on small "
+            "models.",
+            inputs=[
+                guidance_input(),
+                io.Combo.Input(
+                    "speed",
+                    options=list(PACES),
+                    default="balanced",
+                    tooltip="quality: a gradient at every step. balanced: at every second, reused between. "
+                    "fast: at every third, in the run's first 60 %.",
+                ),
+            ],
+            outputs=[guidance_output()],
+        )
+
+    @classmethod
+    def execute(cls, guidance: host.HostGuidance, speed: str) -> io.NodeOutput:
+        return modified(guidance, PACES[speed].of)
 
 
 class SDGGuidanceMask(io.ComfyNode):

@@ -1,7 +1,8 @@
 """What controls do to finished pictures of the bundled world.
 
 - `controls/every second/accuracy`: of one-attribute prompts, with the gradient taken at every second noise level, over
-  that of every one; `.../cost`: the time that guidance adds, likewise.
+  that of every one; `.../cost`: the time that guidance adds, likewise. `controls/fast/...`: the same at the pace "fast"
+  ("balanced" is every second).
 - `controls/away/lower`: share of pictures whose clean CLIP's score of the text is below their unguided twin's, pushed
   away without an end.
 - `controls/mask/outside`: how much pictures change outside the mask, over how much inside, RMS, against their unguided
@@ -53,8 +54,8 @@ def control_rows(pool: Executor, settings: Settings, progress: Progress) -> list
 def _every_second(pool: Executor, world: World, settings: Settings, progress: Callable[[int, int], None]) -> list[Row]:
     wishes = [{name: v} for name in ("background", "hair", "glasses") for v in scored_values(world, name)]
     drawn, seconds = [], []
-    for every in (1, 2, 0):
-        pulls = [() if every == 0 else (replace(_text(world, wish), every=every),) for wish in wishes]
+    for pace in ("quality", "balanced", "fast", None):
+        pulls = [() if pace is None else (replace(_text(world, wish), pace=pace),) for wish in wishes]
         jobs = spread_over(pulls, settings)
         parts = list(pool.map(timed_job, jobs, [settings] * len(jobs)))
         progress(len(jobs), len(jobs))
@@ -62,12 +63,16 @@ def _every_second(pool: Executor, world: World, settings: Settings, progress: Ca
         seconds.append(sum(spent for _, spent in parts))
     each = len(drawn[0]) // len(wishes)
     asked = [wish for wish in wishes for _ in range(each)]
-    full, half, none = (float(hits(world, images, asked).mean()) for images in drawn)
-    cost = (seconds[1] - seconds[2]) / (seconds[0] - seconds[2])
-    return [
-        Row("controls/every second/accuracy", len(asked), half / full, none / full, 0.9),
-        Row("controls/every second/cost", len(asked), cost, 0.0, 0.6),
-    ]
+    full, *fewer, none = (float(hits(world, images, asked).mean()) for images in drawn)
+    whole, *less, plain = seconds
+    rows = []
+    for name, reached, spent, bar in zip(("every second", "fast"), fewer, less, (0.6, None), strict=True):
+        cost = (spent - plain) / (whole - plain)
+        rows += [
+            Row(f"controls/{name}/accuracy", len(asked), reached / full, none / full, 0.9),
+            Row(f"controls/{name}/cost", len(asked), cost, 0.0, bar),
+        ]
+    return rows
 
 
 def _text(world: World, wish: dict[str, int]) -> Pull:

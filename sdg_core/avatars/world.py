@@ -15,6 +15,7 @@ from ..encoders import CleanCLIP, load_noisy_clip
 from ..method import (
     DEFAULT_INTERVAL,
     DEFAULT_SCALE,
+    PACES,
     PIXEL_VIEW,
     ClassGuidance,
     ContentGuidance,
@@ -94,7 +95,7 @@ class Pull:
 
     Towards a prompt, a reference picture (3, h, w) in -1..1, the name of a class of the world's classifier (of the kind
     "class"), or a change. ``region`` (h, w) is where it acts, 1 inside; ``away`` turns it around, until its similarity
-    is ``until``; its gradient is taken at ``every`` k-th noise level.
+    is ``until``; its gradient is taken at ``every`` k-th noise level, or at a ready-made ``pace``.
     """
 
     kind: Kind | Literal["class", "direction"]
@@ -104,6 +105,7 @@ class Pull:
     away: bool = False
     until: float = 0.0
     every: int = 1
+    pace: str = "quality"
 
 
 Route = Literal["noisy linear", "clean linear", "clean decoded"]
@@ -165,7 +167,7 @@ class World:
         else:
             usual, interval, encoder = self.scales[pull.kind], self.intervals[pull.kind], self.encoder
         scale = usual if pull.scale is None else pull.scale
-        term = Term(self._guidance(pull), encoder, scale, *interval, every=pull.every)
+        term = PACES[pull.pace].of(Term(self._guidance(pull), encoder, scale, *interval, every=pull.every))
         if pull.region is not None:
             term = replace(term, region=Region(pull.region[None, None]))
         return replace(term, scale=-term.scale, goal=Goal(pull.until, adapted=False)) if pull.away else term

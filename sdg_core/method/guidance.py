@@ -271,6 +271,23 @@ class Term:
         return self.goal is not None and self.goal.adapted
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How often a guidance looks: at every ``every`` k-th noise level, up to the part ``end`` of the run."""
+
+    every: int = 1
+    end: float = 1.0
+
+    def of(self, term: Term) -> Term:
+        """The term at this pace; one that looks less often by itself, or ends earlier, stays so."""
+        end = min(term.end, max(self.end, term.start + (term.end - term.start) * self.end))
+        return replace(term, every=max(term.every, self.every), end=end)
+
+
+PACES = {"quality": Pace(), "balanced": Pace(2), "fast": Pace(3, 0.6)}
+"""Ready-made ones; ``sdg evaluate --suite controls`` says what each costs, and how often it reaches what was asked."""
+
+
 def combine(parts: Sequence[tuple[tuple[Term, ...], float]], blend: Blend | None = None) -> tuple[Term, ...]:
     """The weighted sum of guidances: F = w_1 F_1 + w_2 F_2 + ..., as one tuple of terms.
 

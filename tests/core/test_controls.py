@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdg_core.method import (
+    PACES,
     EASES,
     PIXEL_VIEW,
     Augment,
@@ -194,6 +195,15 @@ def test_a_batch_with_reuse_equals_its_samples_alone(encoder, kinds, step):
         batch = guide(denoised, x_t, torch.full((4,), sigma), together)
         singles = [guide(denoised[i : i + 1], x_t[i : i + 1], torch.tensor([sigma]), alone[i]) for i in range(4)]
         torch.testing.assert_close(batch, torch.cat(singles), rtol=1e-9, atol=1e-9)
+
+
+def test_a_pace_leaves_alone_what_is_slower_or_ends_earlier(tiny_encoder, kinds):
+    term = Term(kinds["text"], tiny_encoder(), 5.0, 0.1, 0.9)
+    assert [(PACES[p].of(term).every, PACES[p].of(term).end) for p in PACES] == [(1, 0.9), (2, 0.9), (3, 0.6)]
+    slow = PACES["fast"].of(replace(term, every=5, end=0.5))
+    assert (slow.every, slow.end) == (5, 0.5)
+    late = PACES["fast"].of(replace(term, start=0.8))
+    assert 0.8 < late.end < 0.9
 
 
 def test_every_less_than_one_is_refused(tiny_encoder, kinds):

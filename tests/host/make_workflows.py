@@ -32,6 +32,7 @@ SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     "SDGStyleGuidance": ([("noisy_clip", "NOISY_CLIP"), ("image", "IMAGE")], [("GUIDANCE", "SDG_GUIDANCE")]),
     "SDGCombineGuidance": ([(f"guidance_{i}", "SDG_GUIDANCE") for i in (1, 2, 3, 4)], [("GUIDANCE", "SDG_GUIDANCE")]),
     "SDGGuidanceSchedule": ([("guidance", "SDG_GUIDANCE")], [("GUIDANCE", "SDG_GUIDANCE")]),
+    "SDGGuidanceSpeed": ([("guidance", "SDG_GUIDANCE")], [("GUIDANCE", "SDG_GUIDANCE")]),
     "SDGGuidanceMask": (
         [("guidance", "SDG_GUIDANCE"), ("mask", "MASK"), ("reference_mask", "MASK")], [("GUIDANCE", "SDG_GUIDANCE")],
     ),
@@ -78,7 +79,8 @@ SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
 }  # fmt: skip
 SIZES = {
     "SDGTextGuidance": (340, 230), "SDGContentGuidance": (340, 150), "SDGStructureGuidance": (340, 180),
-    "SDGGuidanceSchedule": (340, 160), "SDGGuidanceMask": (340, 130), "SDGGuidanceTarget": (340, 100),
+    "SDGGuidanceSchedule": (340, 160), "SDGGuidanceSpeed": (340, 100),
+    "SDGGuidanceMask": (340, 130), "SDGGuidanceTarget": (340, 100),
     "SDGGuidanceAway": (340, 100), "SDGGuidanceReferences": (340, 130), "SDGGuidanceAugment": (340, 160),
     "SDGGuidanceReport": (320, 560), "SDGSavePreset": (300, 120),
     "SDGGuidanceBudget": (340, 100), "SDGDirectionGuidance": (340, 300), "SDGClassifierGuidance": (340, 180),
@@ -521,8 +523,9 @@ def controls_example() -> None:
         "SDGCombineGuidance", "Combine Guidance (SDG)", (400, 800), [1.0, 1.0, 1.0, 1.0, "project", 0.0],
         guidance_1=early, guidance_2=away,
     )  # fmt: skip
+    quick = graph.add("SDGGuidanceSpeed", "Guidance Speed (SDG)", (400, 1100), ["balanced"], guidance=both)
     graph.group("2. Guidances and their controls", -820, 720, 1180, 640)
-    result(graph, m, 800, both, 0, "controls", "3. Its layout, without the glasses")
+    result(graph, m, 800, quick, 0, "controls", "3. Its layout, without the glasses")
     graph.save("controls")
 
 

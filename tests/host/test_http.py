@@ -41,6 +41,7 @@ TRAINING, TIMED = ["finetune"], ["references"]
 """Examples that the core does not repeat: one learns, one chooses by the time that steps take."""
 CONTROLS = {
     "SDGGuidanceSchedule": lambda term, values: replace(term, curves=(curve_of(values),), every=values["every"]),
+    "SDGGuidanceSpeed": lambda term, values: guidance.PACES[values["speed"]].of(term),
     "SDGGuidanceAugment": lambda term, values: replace(
         term, augment=guidance.Augment(values["crops"], values["least"])
     ),

@@ -16,7 +16,7 @@ IDS = {
     "SDGLoadNoisyCLIP", "SDGLoadADM", "SDGEmptyPixelLatent", "SDGTextGuidance", "SDGContentGuidance",
     "SDGStructureGuidance", "SDGStyleGuidance", "SDGCombineGuidance", "SDGGuidedKSampler", "SDGApplyGuidance",
     "SDGPaperSampler", "SDGLoadCLIP", "SDGEncoderCrossfade", "SDGLoadAutoencoder", "SDGGuidanceFrames",
-    "SDGFinetuneNoisyCLIP", "SDGSaveNoisyCLIP", "SDGGuidanceSchedule",
+    "SDGFinetuneNoisyCLIP", "SDGSaveNoisyCLIP", "SDGGuidanceSchedule", "SDGGuidanceSpeed",
     "SDGGuidanceMask",
     "SDGGuidanceTarget", "SDGGuidanceAway", "SDGDirectionGuidance", "SDGGuidanceReferences",
     "SDGGuidanceAugment", "SDGGuidanceBudget",
