@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdg_core.method import (
-    PACES,
     EASES,
+    PACES,
     PIXEL_VIEW,
     Augment,
     Batch,
