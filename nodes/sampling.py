@@ -17,7 +17,7 @@ LONGEST_SCHEDULE = 1_000_000
 """The most steps and the least denoise that the widgets offer."""
 
 ADVANCED = {"advanced": True}
-"""What ComfyUI folds away until it is asked for; a host that can't shows all. ``advanced=`` is newer than some hosts."""
+"""What ComfyUI folds away until it is asked for. Not the argument ``advanced=``, which is newer than some hosts."""
 
 
 def strength_inputs() -> list[io.Input]:

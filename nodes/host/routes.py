@@ -39,8 +39,8 @@ async def send_noisy_clip(request: web.Request) -> web.Response:
 def about_noisy_clip(path: Path) -> dict:
     """View, side of its pictures in pixels or latent pixels, and retrieval@1 as rows [t, noisy, clean].
 
-    From the metadata alone. A published file has none: then only ``published`` is said. Raises ValueError for files of
-    another kind.
+    From the metadata alone. A published file has none, and is for pixels: then only ``published`` is said. Raises
+    ValueError for files of another kind.
     """
     if path.suffix != ".safetensors":
         return {"published": True}

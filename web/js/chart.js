@@ -2,12 +2,14 @@
 /** One chart: an element that draws a curve, or says why there is none. */
 
 import { onceEach } from "./curve.js";
-import { GREY, legendOf, nearest, plotOf, stepText } from "./plot.js";
+import { PULL_COLOUR, legendOf, nearest, plotOf, stepText } from "./plot.js";
 
 /** @typedef {import("./curve.js").Curve} Curve */
 
 const SVG = "http://www.w3.org/2000/svg";
-const LEAST_PLOT = 96;
+const LEAST_PLOT = 118;
+const LEAST_ROWS = 3;
+const PADDING = 8;
 const ROW = 17;
 const TITLES = { guidance: "score and pull", loss: "loss" };
 
@@ -15,6 +17,8 @@ const STYLE = `
 .sdg-chart { box-sizing: border-box; width: 100%; height: 100%; display: flex; flex-direction: column; overflow: hidden;
   padding: 5px 4px 2px; border-radius: 6px; font: 11px/${ROW}px Inter, Arial, sans-serif; user-select: none;
   color: var(--input-text, #ddd); background: var(--comfy-input-bg, #222); }
+[data-node-id] .sdg-chart { color: var(--component-node-foreground, var(--input-text, #ddd));
+  background: var(--component-node-widget-background, var(--comfy-input-bg, #222)); }
 .sdg-chart .legend { flex: none; padding: 0 6px; }
 .sdg-chart .row { display: flex; gap: 6px; align-items: center; height: ${ROW}px; white-space: nowrap; }
 .sdg-chart .title { opacity: 0.75; }
@@ -25,6 +29,7 @@ const STYLE = `
 .sdg-chart svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
 .sdg-chart text { fill: currentColor; fill-opacity: 0.75; font-size: 10px; }
 .sdg-chart path { fill: none; stroke-width: 1.6; stroke-linejoin: round; stroke-linecap: round; }
+.sdg-chart path[stroke="currentColor"] { stroke-opacity: 0.65; }
 .sdg-chart line { stroke: currentColor; stroke-opacity: 0.16; }
 .sdg-chart line.bound { stroke-opacity: 0.6; stroke-dasharray: 4 3; }
 .sdg-chart line.here { stroke-opacity: 0.6; }
@@ -94,10 +99,10 @@ export class Chart {
     this.redraw();
   }
 
-  /** How much height it wants at least, in pixels. */
+  /** How much height it wants at least, in pixels. The same with and without a curve, so that nodes keep their size. */
   get height() {
-    const rows = this.curve ? legendOf(this.curve, null).length : 0;
-    return this.curve ? 14 + (rows + 1) * ROW + LEAST_PLOT + 40 : 60;
+    const rows = this.curve ? legendOf(this.curve, null).length + 1 : 0;
+    return PADDING + Math.max(rows, LEAST_ROWS) * ROW + LEAST_PLOT;
   }
 
   /** @param {number | null} clientX */
@@ -160,7 +165,7 @@ function plotted(curve, width, height, here) {
     ...lines.map(({ path, colour }) => drawn("path", { d: path, stroke: colour })),
   ]);
   const bound = plot.bound === null ? [] : [drawn("line", { class: "bound", x1: 40, x2: right, y1: plot.bound, y2: plot.bound })];
-  const marks = plot.marks.map(({ x, y }) => drawn("circle", { cx: x, cy: y, r: 2, fill: GREY }));
+  const marks = plot.marks.map(({ x, y }) => drawn("circle", { cx: x, cy: y, r: 2, fill: PULL_COLOUR }));
   const steps = plot.steps.map(({ at, label }) => drawn("text", { x: at, y: height - 4, "text-anchor": "middle" }, label));
   const cursor = here === null ? [] : [drawn("line", { class: "here", x1: here, x2: here, y1: 0, y2: height - 16 })];
   return [...parts, ...bound, ...marks, ...steps, ...cursor];

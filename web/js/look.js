@@ -96,7 +96,7 @@ export function wordsFor(type, connected, curve) {
  */
 export function noisyClipWords(about) {
   if (about.error) return about.error;
-  if (about.published || !about.view) return "A published checkpoint. Run it to see what it is.";
+  if (about.published || !about.view) return "A published checkpoint, for models of pixels.\nNot measured under noise.";
   const latents = about.view.startsWith("linear:") ? about.view.slice("linear:".length) : null;
   const side = `${about.size} × ${about.size}`;
   const what = latents ? `For ${latents} latents, ${side}.` : `For models of pixels, ${side}.`;
@@ -107,7 +107,7 @@ export function noisyClipWords(about) {
 function retrievalWords(rows) {
   const few = rows.filter(([t]) => [300, 500, 700].includes(t));
   if (!few.length) return ["Not measured under noise."];
-  const percent = (/** @type {number} */ part) => `${Math.round(100 * part)} %`;
+  const percent = (/** @type {number} */ part) => `${Math.round(100 * part)}%`;
   const parts = few.map(([t, noisy, clean]) => `t ${t}: ${percent(noisy)} (${percent(clean)})`);
-  return ["Finds pictures again under noise (a clean CLIP):", parts.join("   ")];
+  return ["Finds pictures again under noise (a clean CLIP):", parts.join(" · ")];
 }

@@ -127,7 +127,6 @@ app.registerExtension({
   nodeCreated(node) {
     const colours = coloursOf(node.comfyClass);
     if (!colours) return;
-    for (const widget of node.widgets ?? []) if (widget.options?.advanced) widget.advanced = true; // for the old renderer
     if (CHARTED.includes(node.comfyClass)) addChart(node);
     if (node.comfyClass === "SDGLoadNoisyCLIP") addWords(node);
     if (app.configuringGraph) return; // a saved workflow keeps its own colours and sizes

@@ -24,8 +24,8 @@
 
 /** Told apart on a dark and on a light ground; after the last they begin anew. */
 export const COLOURS = ["#e07b39", "#3d8fd6", "#2fa36f", "#b06fd0", "#bf9420", "#d9536f", "#2ba3a8", "#8a8f2a"];
-/** Of the pull. */
-export const GREY = "#8c8c8c";
+/** Of the pull: that of the text beside it. */
+export const PULL_COLOUR = "currentColor";
 
 const LEFT = 40;
 const RIGHT = 10;
@@ -140,7 +140,7 @@ function pullOf(curve, top, bottom, across, scores) {
   const most = Math.max(rangeOf([0, ...pulls]).to, 1e-6);
   const near = curve.cap !== null && curve.cap <= 2 * most;
   const range = { from: 0, to: 1.08 * Math.max(most, near ? (curve.cap ?? 0) : 0) };
-  const panel = panelOf(range, top, bottom, curve, [pulls], across, () => GREY);
+  const panel = panelOf(range, top, bottom, curve, [pulls], across, () => PULL_COLOUR);
   const up = scaled(range, bottom, top);
   panel.ticks = [0, near ? (curve.cap ?? most) : most].map((value) => ({ at: up(value), label: shown(value) }));
   const marks = curve.points
@@ -200,7 +200,7 @@ export function legendOf(curve, index) {
   };
   const rows = curve.lines.map((name, k) => ({ colour: colourOf(k), name, value: value(3 + k), title: `Score of ${name}` }));
   if (curve.kind === "loss") return rows.map((row) => ({ ...row, title: "What it learns by: lower is better" }));
-  return [...rows, { colour: GREY, name: "pull", value: pullText(curve, index), title: PULL_TITLE }];
+  return [...rows, { colour: PULL_COLOUR, name: "pull", value: pullText(curve, index), title: PULL_TITLE }];
 }
 
 const PULL_TITLE = "Size of the shift over that of the model's own step. Dots: the cap bound it.";
