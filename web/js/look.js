@@ -108,6 +108,6 @@ function retrievalWords(rows) {
   const few = rows.filter(([t]) => [300, 500, 700].includes(t));
   if (!few.length) return ["Not measured under noise."];
   const percent = (/** @type {number} */ part) => `${Math.round(100 * part)}%`;
-  const parts = few.map(([t, noisy, clean]) => `t ${t}: ${percent(noisy)} (${percent(clean)})`);
-  return ["Finds pictures again under noise (a clean CLIP):", parts.join(" · ")];
+  const parts = few.map(([t, noisy, clean]) => `${t}: ${percent(noisy)} (${percent(clean)})`);
+  return ["Finds pictures again under noise (a clean CLIP):", `t ${parts.join(", ")}`];
 }

@@ -22,8 +22,8 @@
  * @property {{ x: number, y: number }[]} marks
  */
 
-/** Told apart on a dark and on a light ground; after the last they begin anew. */
-export const COLOURS = ["#e07b39", "#3d8fd6", "#2fa36f", "#b06fd0", "#bf9420", "#d9536f", "#2ba3a8", "#8a8f2a"];
+/** In the order of Guidance Report's plot, told apart on a dark and on a light ground; then they begin anew. */
+export const COLOURS = ["#3d8fd6", "#e07b39", "#2fa36f", "#d9536f", "#a974d6", "#a3764f", "#d06fb0", "#8a8f2a"];
 /** Of the pull: that of the text beside it. */
 export const PULL_COLOUR = "currentColor";
 
