@@ -82,7 +82,7 @@ SIZES = {
     "SDGGuidanceAway": (340, 100), "SDGGuidanceReferences": (340, 130), "SDGGuidanceAugment": (340, 160),
     "SDGGuidanceReport": (320, 560), "SDGSavePreset": (300, 120),
     "SDGGuidanceBudget": (340, 100), "SDGDirectionGuidance": (340, 300), "SDGClassifierGuidance": (340, 180),
-    "SDGStyleGuidance": (340, 210), "SDGCombineGuidance": (340, 220), "SDGGuidedKSampler": (320, 570),
+    "SDGStyleGuidance": (340, 210), "SDGCombineGuidance": (340, 220), "SDGGuidedKSampler": (320, 580),
     "SDGApplyGuidance": (320, 340), "SDGLoadNoisyCLIP": (300, 190),
     "VAEDecode": (300, 60), "ImageScale": (300, 140), "PreviewImage": (300, 300), "SaveImage": (560, 640),
     "Note": (340, 190), "SDGFinetuneNoisyCLIP": (360, 620), "SDGSaveNoisyCLIP": (300, 200),

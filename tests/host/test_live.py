@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 from types import SimpleNamespace
@@ -158,6 +159,43 @@ def test_a_cancelled_run_tells_its_last_point(pack, comfy, listen, sample, guida
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         sample(guidance)
     assert listener.heard[-1]["done"]
+    assert [point[0] for point in whole(listener.heard)] == [0, 1, 2]
+
+
+@pytest.fixture
+def previewed(comfy, monkeypatch):
+    """previewed(then) -> a list of what the host's preview is given, x_0 by step; ``then(step)`` comes after each."""
+    preview = importlib.import_module("latent_preview")
+
+    def start(then=lambda step: None):
+        seen: list[torch.Tensor] = []
+
+        def callback(step, x0, x, steps):
+            seen.append(x0.clone())
+            then(step)
+
+        monkeypatch.setattr(preview, "prepare_callback", lambda *inputs, **others: callback)
+        return seen
+
+    return start
+
+
+def test_the_preview_is_of_the_guided_estimate(listen, sample, guidance, previewed):
+    listener = listen()
+    seen = previewed()
+    guided = sample(guidance)["samples"]
+    assert torch.allclose(seen[-1], guided, atol=1e-5)  # euler ends at the estimate
+    assert whole(listener.heard)[0][1] > 0
+    alone = previewed()
+    sample(None)
+    assert not torch.allclose(seen[0], alone[0], atol=1e-5)
+
+
+def test_a_cancelled_run_does_no_further_step(comfy, listen, sample, guidance, previewed):
+    listener, mm = listen(), comfy.model_management
+    previewed(lambda step: mm.interrupt_current_processing() if step == 2 else None)
+    with pytest.raises(mm.InterruptProcessingException):
+        sample(guidance)
     assert [point[0] for point in whole(listener.heard)] == [0, 1, 2]
 
 

@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { readdirSync } from "node:fs";
+import { readFileSync, readdirSync } from "node:fs";
 import { test } from "node:test";
 
 import { CHARTED, coloursOf, noisyClipWords, widthOf, wordsFor } from "../../web/js/look.js";
@@ -17,6 +17,15 @@ test("loaders, guidances, modifiers and samplers are told apart", () => {
   const kinds = ["SDGLoadADM", "SDGTextGuidance", "SDGGuidanceMask", "SDGGuidedKSampler"].map((node) => coloursOf(node).bgcolor);
   assert.equal(new Set(kinds).size, 4);
   assert.ok(NODES.every((node) => widthOf(node) >= 200));
+});
+
+test("the examples' nodes have the colours of new ones", () => {
+  const folder = new URL("../../example_workflows/", import.meta.url);
+  for (const name of readdirSync(folder).filter((one) => one.endsWith(".json"))) {
+    for (const { type, color, bgcolor } of JSON.parse(readFileSync(new URL(name, folder), "utf8")).nodes) {
+      if (type.startsWith("SDG")) assert.deepEqual({ color, bgcolor }, coloursOf(type), `${type} in ${name}`);
+    }
+  }
 });
 
 test("what is missing is said, the first first", () => {

@@ -7,8 +7,8 @@ import { PULL_COLOUR, legendOf, nearest, plotOf, stepText } from "./plot.js";
 /** @typedef {import("./curve.js").Curve} Curve */
 
 const SVG = "http://www.w3.org/2000/svg";
-const LEAST_PLOT = 118;
-const LEAST_ROWS = 3;
+const LEAST_PLOT = 110;
+const LEAST_ROWS = 4; // of two guidances
 const PADDING = 8;
 const ROW = 17;
 const TITLES = { guidance: "score and pull", loss: "loss" };
