@@ -171,6 +171,11 @@ class Frontend:
         self.page.wait_for_function(script, arg=[kind, number])
         return self.chart(kind, number)
 
+    def wait_until_idle(self) -> None:
+        """Until the server has nothing to run: after its sampler a prompt decodes and saves."""
+        while any(self.server.get("/queue").values()):
+            self.page.wait_for_timeout(200)
+
     def shoot(self, what: str) -> None:
         """A screenshot: tests/browser/screenshots/<what>-<frontend>-<renderer>.png."""
         SCREENSHOTS.mkdir(exist_ok=True)

@@ -23,7 +23,9 @@ def test_nodes_are_found_placed_and_wired_and_say_what_is_missing(frontend):
     assert frontend.of(SAMPLER, "node.inputs.find(input => input.name === 'guidance').link") is not None
     frontend.shoot("wired")
     (values,) = [
-        n["widgets_values"] for n in frontend.page.evaluate("app.graph.serialize()")["nodes"] if n["type"] == SAMPLER
+        n["widgets_values"]
+        for n in json.loads(frontend.page.evaluate("JSON.stringify(app.graph.serialize())"))["nodes"]
+        if n["type"] == SAMPLER
     ]
     assert values == [values[0], "randomize", 20, 8.0, "euler", "simple", 1.0, "absolute", 1.0, "auto", False]
 
@@ -31,7 +33,7 @@ def test_nodes_are_found_placed_and_wired_and_say_what_is_missing(frontend):
 def test_a_node_keeps_colours_that_its_user_chose(frontend):
     frontend.clear()
     frontend.place("Guided KSampler", 400, 160)
-    workflow = frontend.page.evaluate("app.graph.serialize()")
+    workflow = json.loads(frontend.page.evaluate("JSON.stringify(app.graph.serialize())"))
     for colours in ({"color": "#123", "bgcolor": "#456"}, {}):
         for node in workflow["nodes"]:
             node.pop("color", None), node.pop("bgcolor", None), node.update(colours)
@@ -87,6 +89,7 @@ def open_template(frontend, name: str) -> None:
 
 def check_against_report(frontend, shown: dict) -> None:
     """What the chart says is what the run's report says, which a saved picture holds, and what the server keeps."""
+    frontend.wait_until_idle()
     entry = max(frontend.server.get("/history").values(), key=lambda entry: entry["prompt"][0])
     picture = Image.open(io.BytesIO(frontend.server.pictures(entry)[0]))
     report = list(json.loads(picture.text["sdg_report"]).values())[-1]

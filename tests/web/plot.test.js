@@ -98,4 +98,5 @@ test("the step is said in words", () => {
   assert.equal(stepText(curve({ points }), null), "step 3 of 10");
   assert.equal(stepText(curve({ points, done: true }), null), "10 steps");
   assert.equal(stepText(curve({ points }), 1), "at step 1 of 10");
+  assert.equal(stepText(curve({ kind: "loss", points, done: true }), null), "ended at step 3 of 10");
 });

@@ -221,6 +221,7 @@ function pullText(curve, index) {
 export function stepText(curve, index) {
   const whole = shown(curve.steps);
   if (index !== null) return `at step ${shown(curve.points[index]?.[0])} of ${whole}`;
-  if (curve.done) return `${whole} steps`;
-  return `step ${shown(Math.floor(curve.points.at(-1)?.[0] ?? 0))} of ${whole}`;
+  const last = Math.floor(curve.points.at(-1)?.[0] ?? 0);
+  if (curve.done && curve.kind === "loss" && last < curve.steps) return `ended at step ${shown(last)} of ${whole}`;
+  return curve.done ? `${whole} steps` : `step ${shown(last)} of ${whole}`;
 }
