@@ -65,6 +65,8 @@ def test_a_template_runs_and_its_charts_show_the_run_whatever_the_page_does(fron
     frontend.shoot("done")
     hover(frontend)
     frontend.shoot("hover")
+    frontend.page.mouse.wheel(0, -120)  # over the chart the canvas is zoomed as over the node
+    frontend.page.wait_for_function("app.canvas.ds.scale > 1")
 
 
 def elsewhere_and_back(frontend) -> None:

@@ -32,6 +32,12 @@ declare module "*/scripts/app.js" {
     rootGraph?: Graph;
     graph: Graph;
     configuringGraph: boolean;
+    canvas: {
+      processMouseWheel(event: Event): void;
+      processMouseDown(event: Event): void;
+      processMouseMove(event: Event): void;
+      processMouseUp(event: Event): void;
+    };
     registerExtension(extension: Extension): void;
   };
 }

@@ -66,6 +66,7 @@ async function ask(workflow) {
 function addChart(node) {
   const chart = new Chart();
   charts.set(node, chart);
+  passToCanvas(chart.element);
   const options = { serialize: false, hideOnZoom: false, getMinHeight: () => chart.height };
   node.addDOMWidget("sdg_chart", "SDG_CHART", chart.element, options).serialize = false;
   after(node, "onConnectionsChange", () => refresh(node));
@@ -90,6 +91,7 @@ function addWords(node) {
   const words = document.createElement("div");
   words.className = "words";
   element.append(words);
+  passToCanvas(element);
   const options = { serialize: false, hideOnZoom: false, getMinHeight: () => 66 };
   node.addDOMWidget("sdg_about", "SDG_ABOUT", element, options).serialize = false;
   const tell = async () => {
@@ -101,6 +103,23 @@ function addWords(node) {
   after(name, "callback", tell);
   after(node, "onConfigure", tell);
   tell();
+}
+
+/**
+ * Zooms and moves the canvas where the pointer is over an element of ours, as over the node itself. Nodes 2.0, whose
+ * nodes are elements, does so by itself.
+ * @param {HTMLElement} element
+ */
+function passToCanvas(element) {
+  const passed = (/** @type {"processMouseWheel" | "processMouseDown" | "processMouseMove" | "processMouseUp"} */ name) =>
+    (/** @type {WheelEvent | PointerEvent} */ event) => {
+      const middle = event.type === "wheel" || event.button === 1 || (event.buttons & 4) === 4;
+      if (middle && !element.closest("[data-node-id]")) app.canvas[name](event);
+    };
+  element.addEventListener("wheel", passed("processMouseWheel"));
+  element.addEventListener("pointerdown", passed("processMouseDown"));
+  element.addEventListener("pointermove", passed("processMouseMove"));
+  element.addEventListener("pointerup", passed("processMouseUp"));
 }
 
 /**
