@@ -259,7 +259,7 @@ def finetuned(
     proof: ImageSet | None,
     settings: Settings,
     text: host.NodeText,
-    curve: host.NodeCurve,
+    losses: host.NodeCurve,
 ) -> tuple[NoisyCLIP, Image.Image]:
     """Runs it, with a live chart on the node; the encoder and the last chart.
 
@@ -269,7 +269,7 @@ def finetuned(
     precision = "bf16" if device.type == "cuda" and mm.should_use_bf16(device) else "no"
     run = Finetuning(clean, sight, training, settings, accelerator(device.type == "cpu", precision))
     notes = {"base": clean.source, "steps": str(settings.steps), "batch_size": str(settings.batch_size)}
-    learn(run, Live(run, clean, proof, text, curve), notes)
+    learn(run, Live(run, clean, proof, text, losses), notes)
     model = run.result(notes=notes)
     curve: list[Retrieval] = []
     if proof is not None:
@@ -282,13 +282,13 @@ class Live:
     """The chart on the node while it learns. Retrieval is measured as often as ``LIVE_SHARE`` of the time allows."""
 
     def __init__(
-        self, run: Finetuning, clean: CleanCLIP, proof: ImageSet | None, text: host.NodeText, curve: host.NodeCurve
+        self, run: Finetuning, clean: CleanCLIP, proof: ImageSet | None, text: host.NodeText, losses: host.NodeCurve
     ) -> None:
         self.run, self.clean, self.text = run, clean, text
         self.proof = proof and proof.first(LIVE_PICTURES)
         self.every = max(1, run.settings.steps // 20)
         self.bar = comfy.utils.ProgressBar(run.settings.steps)
-        self.drawing = curve.begin(host.Heading("loss", ("loss",), run.settings.steps))
+        self.drawing = losses.begin(host.Heading("loss", ("loss",), run.settings.steps))
         self.curve: list[Retrieval] = []
         self.next = self.told = time.monotonic()
 

@@ -180,7 +180,8 @@ def heading_of(run: GuidanceRun, sigmas: Tensor) -> Heading:
 def guided_point(step: StepTrace, sigma: Tensor, sigmas: Tensor) -> Point:
     """A guided evaluation at the host's noise level sigma (B,), as means over the pictures for which it is known.
 
-    ``sigmas`` (n + 1,) are the run's: between two of them the step is a fraction.
+    ``sigmas`` (n + 1,) are the run's: between two of them the step is a fraction. The device has computed all of this
+    before, because guidance waits for its own results: to read it is to copy a few numbers.
     """
     levels = sigmas.tolist()
     at = float(np.interp(-float(sigma.flatten()[0]), [-level for level in levels], range(len(levels))))

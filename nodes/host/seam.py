@@ -108,10 +108,11 @@ def _run_keeper(
         try:
             return executor(noise, latent, sampler, sigmas, *args, **kwargs)
         finally:  # also when interrupted
-            runs.pop().drawing.end()
+            drawing = runs.pop().drawing
             report(run)
             if watch is not None:
                 watch.finished.append(run)
+            drawing.end()
 
     return outer_sample
 

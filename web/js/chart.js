@@ -37,7 +37,7 @@ const STYLE = `
 `;
 
 /** Adds the charts' style to the page, once. */
-export function addStyle() {
+function addStyle() {
   if (document.getElementById("sdg-chart-style")) return;
   const style = document.createElement("style");
   style.id = "sdg-chart-style";
@@ -66,6 +66,23 @@ function block(className, ...inside) {
   element.className = className;
   element.append(...inside);
   return element;
+}
+
+/** A box of a few words. */
+export class Words {
+  constructor() {
+    addStyle();
+    this.text = block("words");
+    this.element = block("sdg-chart", this.text);
+    this.element.style.minHeight = `${this.height}px`;
+  }
+
+  height = 66;
+
+  /** @param {string} words */
+  say(words) {
+    this.text.textContent = words;
+  }
 }
 
 /** Draws what it was last given whenever its size changes: a renderer may move its element, or take it away. */

@@ -3,7 +3,7 @@
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { Chart, addStyle } from "./chart.js";
+import { Chart, Words } from "./chart.js";
 import { executionIds, keyOf, merged } from "./curve.js";
 import { CHARTED, coloursOf, noisyClipWords, widthOf, wordsFor } from "./look.js";
 
@@ -84,21 +84,15 @@ function addChart(node) {
 function addWords(node) {
   const name = node.widgets?.find((widget) => widget.name === "noisy_clip_name");
   if (!name) return;
-  addStyle();
-  const element = document.createElement("div");
-  element.className = "sdg-chart";
-  element.style.minHeight = "66px";
-  const words = document.createElement("div");
-  words.className = "words";
-  element.append(words);
-  passToCanvas(element);
-  const options = { serialize: false, hideOnZoom: false, getMinHeight: () => 66 };
-  node.addDOMWidget("sdg_about", "SDG_ABOUT", element, options).serialize = false;
+  const words = new Words();
+  passToCanvas(words.element);
+  const options = { serialize: false, hideOnZoom: false, getMinHeight: () => words.height };
+  node.addDOMWidget("sdg_about", "SDG_ABOUT", words.element, options).serialize = false;
   const tell = async () => {
     const chosen = String(name.value);
     const answer = await api.fetchApi(`${ROUTE}/noisy_clip?name=${encodeURIComponent(chosen)}`);
     const about = await answer.json();
-    if (chosen === String(name.value)) words.textContent = noisyClipWords(about);
+    if (chosen === String(name.value)) words.say(noisyClipWords(about));
   };
   after(name, "callback", tell);
   after(node, "onConfigure", tell);
