@@ -27,10 +27,12 @@ $(VENV)/.demo: pyproject.toml tests/constraints.txt
 	$(RUN) -m pip install --quiet --constraint tests/constraints.txt --editable .
 	touch $@
 
-# With a ComfyUI at hand its requirements come along, so that the host tests run in this environment.
-$(VENV)/.test: $(VENV)/.demo pyproject.toml tests/constraints.txt
+# With a ComfyUI at hand its requirements come along, so that the host tests run in this environment; with npm, what checks
+# the frontend's types.
+$(VENV)/.test: $(VENV)/.demo pyproject.toml tests/constraints.txt package.json
 	$(RUN) -m pip install --quiet --constraint tests/constraints.txt --editable ".[test]"
 	[ ! -f "$(HOST)/requirements.txt" ] || $(RUN) -m pip install --quiet --constraint tests/constraints.txt --requirement "$(HOST)/requirements.txt"
+	! command -v npm > /dev/null || npm install --silent --no-audit --no-fund || true
 	touch $@
 
 # Guided samples of Gaussian data through every sampler of the host, beside unguided ones: a table.

@@ -25,7 +25,7 @@ from .guidance import (
     SDGStyleGuidance,
     SDGTextGuidance,
 )
-from .host import register_folders
+from .host import register_folders, register_routes
 from .ilvr import SDGILVRReference
 from .loaders import (
     SDGEmptyPixelLatent,
@@ -83,6 +83,7 @@ class SemanticDiffusionGuidance(ComfyExtension):
 
 
 def extension() -> SemanticDiffusionGuidance:
-    """The extension, with its model folders made known to ComfyUI."""
+    """The extension, with its model folders and routes made known to ComfyUI."""
     register_folders()
+    register_routes()
     return SemanticDiffusionGuidance()

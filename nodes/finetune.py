@@ -156,7 +156,8 @@ class SDGFinetuneNoisyCLIP(io.ComfyNode):
             training, proof = pictures(folder[0], images or [], max(sight.picture_size, clean.noise_size), seed[0])
             mm.free_memory(memory_wanted(clean, settings), patcher.load_device, [])
             with host.explained("a step of this fine-tuning", "Lower micro_batch or size"):
-                made, chart = finetuned(clean, sight, training, proof, settings, host.NodeText(cls.hidden))
+                shown = host.NodeText(cls.hidden), host.NodeCurve(cls.hidden)
+                made, chart = finetuned(clean, sight, training, proof, settings, *shown)
             return io.NodeOutput(host.patch_module(made), as_host_image(chart))
 
 
@@ -258,6 +259,7 @@ def finetuned(
     proof: ImageSet | None,
     settings: Settings,
     text: host.NodeText,
+    losses: host.NodeCurve,
 ) -> tuple[NoisyCLIP, Image.Image]:
     """Runs it, with a live chart on the node; the encoder and the last chart.
 
@@ -267,7 +269,7 @@ def finetuned(
     precision = "bf16" if device.type == "cuda" and mm.should_use_bf16(device) else "no"
     run = Finetuning(clean, sight, training, settings, accelerator(device.type == "cpu", precision))
     notes = {"base": clean.source, "steps": str(settings.steps), "batch_size": str(settings.batch_size)}
-    learn(run, Live(run, clean, proof, text), notes)
+    learn(run, Live(run, clean, proof, text, losses), notes)
     model = run.result(notes=notes)
     curve: list[Retrieval] = []
     if proof is not None:
@@ -279,16 +281,20 @@ def finetuned(
 class Live:
     """The chart on the node while it learns. Retrieval is measured as often as ``LIVE_SHARE`` of the time allows."""
 
-    def __init__(self, run: Finetuning, clean: CleanCLIP, proof: ImageSet | None, text: host.NodeText) -> None:
+    def __init__(
+        self, run: Finetuning, clean: CleanCLIP, proof: ImageSet | None, text: host.NodeText, losses: host.NodeCurve
+    ) -> None:
         self.run, self.clean, self.text = run, clean, text
         self.proof = proof and proof.first(LIVE_PICTURES)
         self.every = max(1, run.settings.steps // 20)
         self.bar = comfy.utils.ProgressBar(run.settings.steps)
+        self.drawing = losses.begin(host.Heading("loss", ("loss",), run.settings.steps))
         self.curve: list[Retrieval] = []
         self.next = self.told = time.monotonic()
 
     def show(self, progress: Progress) -> None:
-        """After every step: the bar; about twenty times the chart; every second the numbers."""
+        """After every step: the bar and the loss; about twenty times the chart; every second the numbers."""
+        self.drawing.add(lambda: (progress.step, None, None, progress.loss))
         preview = None
         if progress.step % self.every == 0:
             self._measure()
@@ -321,6 +327,8 @@ def learn(run: Finetuning, live: Live, notes: dict[str, str]) -> None:
             model = run.result(notes={**notes, "steps": f"{run.step} of {run.settings.steps}"})
             log.info("Cancelled. What was learned so far is in %s.", keep(model, name, True, {}))
         raise
+    finally:
+        live.drawing.end()
 
 
 def progress_line(progress: Progress, curve: list[Retrieval]) -> str:

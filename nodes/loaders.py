@@ -14,7 +14,6 @@ from ..sdg_core.avatars import load_bundled_clip
 from ..sdg_core.encoders import NoisyCLIP, load_noisy_clip, open_clip_models, with_text
 from ..sdg_core.method import Fade
 from ..sdg_core.models import load_tiny_autoencoder
-from ..sdg_core.training import retrieval_lines
 from . import host
 from .inputs import check_finite
 
@@ -45,7 +44,6 @@ class SDGLoadNoisyCLIP(io.ComfyNode):
                 ),
             ],
             outputs=[NoisyCLIPSocket.Output("NOISY_CLIP", tooltip="Connect to the guidance nodes.")],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -59,8 +57,6 @@ class SDGLoadNoisyCLIP(io.ComfyNode):
             encoder = load_noisy_clip(path)
             if text_from is not None:
                 encoder = with_text(encoder, host.single_encoder(text_from, "text_from").model)
-        host.NodeText(cls.hidden).say("\n".join([f"for {encoder.view}", *retrieval_lines(encoder.config.retrieval)]))
-        with torch.inference_mode(False):
             return io.NodeOutput(host.patch_module(encoder))
 
 

@@ -16,6 +16,9 @@ from .inputs import check_finite
 LONGEST_SCHEDULE = 1_000_000
 """The most steps and the least denoise that the widgets offer."""
 
+ADVANCED = {"advanced": True}
+"""What ComfyUI folds away until it is asked for. Not the argument ``advanced=``, which is newer than some hosts."""
+
 
 def strength_inputs() -> list[io.Input]:
     return [
@@ -25,6 +28,7 @@ def strength_inputs() -> list[io.Input]:
             default="absolute",
             tooltip="absolute: scales act as they are. relative: every step shifts by cap times the model's own, "
             "alike on any model; scales only share it out.",
+            extra_dict=ADVANCED,
         ),
         io.Float.Input(
             "cap",
@@ -35,6 +39,7 @@ def strength_inputs() -> list[io.Input]:
             round=0.001,
             tooltip="absolute: the shift's RMS is at most cap times the model's own step; 0 is no cap, 1 usual. "
             "relative: exactly that; start at 0.25.",
+            extra_dict=ADVANCED,
         ),
     ]
 
@@ -49,12 +54,14 @@ def view_inputs() -> list[io.Input]:
             optional=True,
             tooltip="What encoders see. linear: the latent's cheap colours. decoded: by tiny decoder or VAE, sharper "
             "and slower, clean CLIPs only. auto fits the model.",
+            extra_dict=ADVANCED,
         ),
         io.Vae.Input(
             "vae",
             optional=True,
             tooltip="For the view decoded: the sharpest and slowest. Empty: ComfyUI's tiny decoder in "
             "models/vae_approx, much faster.",
+            extra_dict=ADVANCED,
         ),
     ]
 
@@ -66,6 +73,7 @@ def measure_input() -> io.Input:
         optional=True,
         tooltip="For Guidance Report: sizes and angles of guidances that share an encoder too, for one more pass "
         "each. The picture stays the same. Usual: off.",
+        extra_dict=ADVANCED,
     )
 
 
@@ -194,6 +202,7 @@ class SDGGuidedKSampler(io.ComfyNode):
                 measure_input(),
             ],
             outputs=[io.Latent.Output("LATENT", tooltip="The sampled latent. Guidance Report says how it came about.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -222,10 +231,12 @@ class SDGGuidedKSampler(io.ComfyNode):
         choice = host.ViewChoice(view, host.to_vae(vae))
         pulls = [host.to_conditioning(cond, name) for cond, name in ((positive, "positive"), (negative, "negative"))]
         conds, watch = host.conditioning(model, *pulls, cfg), host.Watch(measure)
+        curve = host.NodeCurve(cls.hidden)
         if guidance is None:
+            curve.clear()
             host.check_dimensions(model, latent_image)
         else:
-            model = host.attach(model, host.to_guidance(guidance), to_strength(strength, cap), choice, watch)
+            model = host.attach(model, host.to_guidance(guidance), to_strength(strength, cap), choice, watch, curve)
         with host.explained("this sampling run"):
             (latent,) = nodes.common_ksampler(
                 model,
@@ -263,6 +274,7 @@ class SDGApplyGuidance(io.ComfyNode):
             outputs=[
                 io.Model.Output("MODEL", tooltip="The model under guidance. The one that came in stays as it is.")
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -276,7 +288,8 @@ class SDGApplyGuidance(io.ComfyNode):
         vae: comfy.sd.VAE | None = None,
     ) -> io.NodeOutput:
         pull, choice = host.to_guidance(guidance), host.ViewChoice(view, host.to_vae(vae))
-        return io.NodeOutput(host.attach(host.to_model(model), pull, to_strength(strength, cap), choice))
+        curve, strength = host.NodeCurve(cls.hidden), to_strength(strength, cap)
+        return io.NodeOutput(host.attach(host.to_model(model), pull, strength, choice, curve=curve))
 
 
 class SDGPaperSampler(io.ComfyNode):

@@ -1,4 +1,5 @@
-"""Every test that can run here: the core, then the host tests once for each ComfyUI at hand.
+"""Every test that can run here: the core, the frontend's code, and the host tests once for each ComfyUI at hand; in the
+newest one a browser too.
 
 `COMFYUI_PATH` names one ComfyUI (comfy-cli's default place otherwise); `COMFYUI_PATH_OLD` may name an older one.
 """
@@ -38,8 +39,8 @@ def pytest(tests: list[str], host: Path | None) -> tuple[int, str]:
 def main() -> int:
     """Two suites at a time where there are two cores, the longest first; each says what it has to say at its end."""
     found = hosts()
-    suites = [(["tests/host"], host) for host in found[:1]]
-    suites += [(["tests/core"] if found else ["tests/core", "tests/host"], None)]
+    suites = [(["tests/host", "tests/browser"], host) for host in found[:1]]
+    suites += [(["tests/core", "tests/web"] + ([] if found else ["tests/host"]), None)]
     suites += [(["tests/host"], host) for host in found[1:]]
     codes = []
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as lanes:

@@ -3,7 +3,8 @@
 ``files`` and ``text`` (its folders, its words on nodes), ``encoders`` and ``sockets`` (what sockets carry),
 ``scaling``, ``views``, ``decoders`` and ``conditioning`` (its models in the terms of ``sdg_core``), ``memory`` (its
 model management), ``seam`` and ``ilvr`` (where guidance and a reference's low frequencies enter a run), ``reports``
-(how word of a run travels), ``adm``, ``vae`` and ``paper`` (models and a sampler that it does not have).
+(how word of a run travels), ``live`` and ``routes`` (curves of running nodes, and what pages ask for), ``adm``,
+``vae`` and ``paper`` (models and a sampler that it does not have).
 """
 
 from .adm import load_adm_model
@@ -32,9 +33,11 @@ from .files import (
     register_folders,
 )
 from .ilvr import hold_low_frequencies
+from .live import Heading, NodeCurve
 from .memory import activation_bytes, check_free, explained, patch_module
 from .paper import paper_sampler
 from .reports import keep_with_pictures, report_of, with_report
+from .routes import register_routes
 from .seam import Watch, attach
 from .sockets import check_dimensions, to_conditioning, to_latent, to_model, to_vae
 from .text import NodeText
@@ -45,7 +48,9 @@ __all__ = [
     "BUNDLED_NAME",
     "VIEWS",
     "EncoderPair",
+    "Heading",
     "HostGuidance",
+    "NodeCurve",
     "NodeText",
     "NoisyCLIPValue",
     "ViewChoice",
@@ -76,6 +81,7 @@ __all__ = [
     "patch_module",
     "read_text",
     "register_folders",
+    "register_routes",
     "report_of",
     "single_encoder",
     "to_classifier",

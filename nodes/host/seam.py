@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import comfy.model_management as mm
 import comfy.model_patcher
@@ -16,6 +17,7 @@ from ...sdg_core.encoders import CleanCLIP
 from ...sdg_core.method import DecodedView, Early, GuidanceRun, Strength, Term, added, guidance_shift
 from ...sdg_core.models import Classifier
 from .encoders import HostGuidance
+from .live import Drawing, NodeCurve, guided_point, heading_of
 from .memory import activation_bytes, decoder_bytes, explained, make_resident
 from .scaling import scaling_of
 from .text import report
@@ -30,6 +32,14 @@ class Watch:
 
     measured: bool = False
     finished: list[GuidanceRun] = field(default_factory=list)
+
+
+class Sampled(NamedTuple):
+    """A sampling run that is going on, its n + 1 noise levels, and what is drawn of it."""
+
+    run: GuidanceRun
+    sigmas: list[float]
+    drawing: Drawing
 
 
 def open_run(
@@ -57,22 +67,24 @@ def attach(
     strength: Strength,
     choice: ViewChoice | None = None,
     watch: Watch | None = None,
+    curve: NodeCurve | None = None,
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone of ``model`` that every sampler node samples guided. Without any scale it is a plain clone.
 
     Three wrappers, all plain functions (a host before 0.14 deep-copies callable objects and bound methods):
     PREDICT_NOISE sees each model evaluation once, after all CFG; OUTER_SAMPLE opens and drops the run, since the clone
     stays in the host's cache between runs; PREPARE_SAMPLING asks for the memory of the gradient. ``watch`` is told of
-    finished runs.
+    finished runs, and ``curve`` shows them on a node.
     """
     scaling_of(model)
-    guided = model.clone()
+    guided, curve = model.clone(), curve or NodeCurve(None)
     terms = tuple(term for term in guidance.terms if term.scale != 0)
     if not terms:
+        curve.clear()
         return guided
     sights = see(model, guidance, choice or ViewChoice())
-    runs: list[GuidanceRun] = []  # a stack: a sampler may sample inside a run
-    guided.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _run_keeper(runs, terms, strength, sights, watch))
+    runs: list[Sampled] = []  # a stack: a sampler may sample inside a run
+    guided.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _run_keeper(runs, terms, strength, sights, watch, curve))
     guided.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _corrector(runs, sights.patchers))
     guided.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _memory_reserver(sights))
     loaded = guided.get_additional_models_with_key(KEY)
@@ -81,36 +93,46 @@ def attach(
 
 
 def _run_keeper(
-    runs: list[GuidanceRun], terms: tuple[Term, ...], strength: Strength, sights: Sights, watch: Watch | None
+    runs: list[Sampled],
+    terms: tuple[Term, ...],
+    strength: Strength,
+    sights: Sights,
+    watch: Watch | None,
+    curve: NodeCurve,
 ) -> Callable:
-    def outer_sample(executor, *args, **kwargs):
+    def outer_sample(executor, noise, latent, sampler, sigmas, *args, **kwargs):
         run = open_run(executor.class_obj.model_patcher, terms, strength, sights)
         run.measured = watch is not None and watch.measured
-        runs.append(run)
+        levels = sigmas.tolist()
+        runs.append(Sampled(run, levels, curve.begin(heading_of(run, levels))))
         try:
-            return executor(*args, **kwargs)
+            return executor(noise, latent, sampler, sigmas, *args, **kwargs)
         finally:  # also when interrupted
-            report(runs.pop())
+            drawing = runs.pop().drawing
+            report(run)
             if watch is not None:
                 watch.finished.append(run)
+            drawing.end()
 
     return outer_sample
 
 
-def _corrector(runs: list[GuidanceRun], patchers: Sequence[comfy.model_patcher.ModelPatcher]) -> Callable:
+def _corrector(runs: list[Sampled], patchers: Sequence[comfy.model_patcher.ModelPatcher]) -> Callable:
     def predict_noise(executor, x, sigma, model_options, seed):
         mm.throw_exception_if_processing_interrupted()
-        guider, run = executor.class_obj, runs[-1]
+        guider, (run, sigmas, drawing) = executor.class_obj, runs[-1]
         check_latent(guider.model_patcher, x)
         for patcher in patchers:  # the original patchers, kept by this closure: a clone's death would unload them
             make_resident(patcher.model, x.device)
         model_options, caught = catch_uncond(guider.model_options, model_options)
-        level = Early(sigma)
+        early = Early(sigma)
         denoised = executor(x, sigma, model_options, seed)
         with explained(f"the guidance of a batch of shape {tuple(x.shape)}"):
-            shift = guidance_shift(denoised, *scaling_of(guider.model_patcher).core(x, level.read()), run)
+            level = early.read()
+            shift = guidance_shift(denoised, *scaling_of(guider.model_patcher).core(x, level), run)
         if shift is None:
             return denoised
+        drawing.add(guided_point(run.trace[-1], float(level.flatten()[0]), sigmas), x.device.type == "cpu")
         for uncond in caught:
             uncond.copy_(added(uncond, shift))
         return added(denoised, shift)

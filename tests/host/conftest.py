@@ -155,7 +155,7 @@ def pack(comfy: SimpleNamespace) -> SimpleNamespace:
     extension = asyncio.run(module.comfy_entrypoint())
     nodes = {node.GET_SCHEMA().node_id: node for node in asyncio.run(extension.get_node_list())}
     parts = [f"nodes.{part}" for part in ("host", "inputs", "loaders", "finetune")]
-    parts += [f"nodes.host.{part}" for part in ("files", "memory", "seam", "views")]
+    parts += [f"nodes.host.{part}" for part in ("files", "live", "memory", "routes", "seam", "views")]
     parts += [f"sdg_core.{room}" for room in ("method", "encoders", "models", "avatars")]
     parts += ["sdg_core.method.gradient", "sdg_core.encoders.published"]
     modules = {part.split(".")[-1]: importlib.import_module(f"{name}.{part}") for part in parts}

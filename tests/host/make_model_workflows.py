@@ -44,8 +44,8 @@ CORE_SIZES = {
     "VAELoader": (380, 86), "SDGLoadCLIP": (380, 150), "CLIPTextEncode": (380, 160), "FluxGuidance": (380, 62),
     "ConditioningZeroOut": (380, 34), "LoadImage": (380, 330), "SDGTextGuidance": (380, 210),
     "SDGContentGuidance": (380, 180), "SDGStructureGuidance": (380, 200), "SDGStyleGuidance": (380, 230),
-    "SDGCombineGuidance": (380, 230), "SDGApplyGuidance": (320, 190), "KSampler": (320, 270),
-    "SDGGuidedKSampler": (320, 410), "EmptyLatentImage": (320, 118), "EmptySD3LatentImage": (320, 118),
+    "SDGCombineGuidance": (380, 230), "SDGApplyGuidance": (320, 340), "KSampler": (320, 270),
+    "SDGGuidedKSampler": (320, 580), "EmptyLatentImage": (320, 118), "EmptySD3LatentImage": (320, 118),
     "VAEDecode": (320, 60), "SaveImage": (700, 830),
 }  # fmt: skip
 """Heights that both renderers of the frontend keep; its newer one (Nodes 2.0) draws taller widgets."""

@@ -84,12 +84,23 @@ SIZES = {
     "SDGGuidanceAway": (340, 100), "SDGGuidanceReferences": (340, 130), "SDGGuidanceAugment": (340, 160),
     "SDGGuidanceReport": (320, 560), "SDGSavePreset": (300, 120),
     "SDGGuidanceBudget": (340, 100), "SDGDirectionGuidance": (340, 300), "SDGClassifierGuidance": (340, 180),
-    "SDGStyleGuidance": (340, 210), "SDGCombineGuidance": (340, 220), "SDGGuidedKSampler": (320, 360),
+    "SDGStyleGuidance": (340, 210), "SDGCombineGuidance": (340, 220), "SDGGuidedKSampler": (320, 580),
+    "SDGApplyGuidance": (320, 340), "SDGLoadNoisyCLIP": (300, 190),
     "VAEDecode": (300, 60), "ImageScale": (300, 140), "PreviewImage": (300, 300), "SaveImage": (560, 640),
     "Note": (340, 190), "SDGFinetuneNoisyCLIP": (360, 620), "SDGSaveNoisyCLIP": (300, 200),
     "SDGILVRReference": (340, 180),
 }  # fmt: skip
 NOTES = ("Note", "MarkdownNote")
+COLOURS = {
+    "SDGLoad SDGEncoder SDGEmpty": ("#2a363b", "#3f5159"),
+    "SDGText SDGContent SDGStructure SDGStyle SDGDirection SDGClassifier": ("#232", "#353"),
+    "SDGGuidanceReport SDGGuided SDGApply SDGPaper SDGILVR SDGFinetune SDGSaveNoisy": ("#323", "#535"),
+    "SDGGuidance SDGCombine SDGSavePreset": ("#223", "#335"),
+    "Note MarkdownNote": ("#432", "#653"),
+}
+"""Title and body of nodes, by how their kinds begin, the first that fits: as web/js/look.js colours new nodes."""
+TITLE, GAP, HEADER = 30, 20, 80
+"""Heights: a node's title, above its place; what is free below a node; from a group's top to its first node."""
 
 
 SIDE = 128
@@ -102,6 +113,11 @@ SAMPLING = ["fixed", 30, 1.0, "euler_ancestral", "normal", 1.0, "absolute", 1.0,
 def settings(kind: str, *layers: str) -> list:
     """Widget values of a guidance node as measured on the latent models: scale, layers if any, start and end."""
     return [NOISY_SCALE[kind], *layers, *NOISY_INTERVAL[kind]]
+
+
+def _inside(at: list[int], bounding: list[int]) -> bool:
+    x, y, width, height = bounding
+    return x <= at[0] < x + width and y <= at[1] < y + height
 
 
 @dataclass
@@ -125,8 +141,8 @@ class Graph:
             "outputs": [{"name": name, "type": type_, "links": []} for name, type_ in outputs],
             "properties": {"Node name for S&R": kind} if kind not in NOTES else {}, "widgets_values": widgets,
         }  # fmt: skip
-        if kind in NOTES:
-            node |= {"color": "#432", "bgcolor": "#653"}
+        fitting = [pair for begins, pair in COLOURS.items() if kind.startswith(tuple(begins.split()))]
+        node |= dict(zip(("color", "bgcolor"), fitting[0], strict=True)) if fitting else {}
         self.nodes.append(node)
         for slot, (name, type_) in enumerate(inputs):
             if name in sources:
@@ -146,7 +162,34 @@ class Graph:
         self.groups.append({"id": len(self.groups) + 1, "title": title, "bounding": bounding, "color": "#3f789e",
                             "font_size": 24, "flags": {}})  # fmt: skip
 
+    def make_room(self) -> None:
+        """Moves down what is too near to a node above it, with all that is as low; groups stay around their nodes."""
+        members = [[n for n in self.nodes if _inside(n["pos"], g["bounding"])] for g in self.groups]
+        by_height = sorted(self.nodes, key=lambda node: node["pos"][1])
+        for i, upper in enumerate(by_height):
+            for lower in by_height[i + 1 :]:
+                (x, y), (width, height), (left, top) = upper["pos"], upper["size"], lower["pos"]
+                if top > y and left < x + width and x < left + lower["size"][0]:
+                    self._insert(max(y + 1, top - HEADER), y + height + TITLE + GAP - top)
+        for group, inside in zip(self.groups, members, strict=True):
+            bottom = group["bounding"][1] + group["bounding"][3]
+            missing = max((n["pos"][1] + n["size"][1] for n in inside), default=bottom) + GAP - bottom
+            self._insert(bottom, missing)
+            group["bounding"][3] += max(0, missing)
+
+    def _insert(self, y: int, height: int) -> None:
+        """Free height at y, where it is above 0."""
+        if height <= 0:
+            return
+        for node in self.nodes:
+            node["pos"][1] += height if node["pos"][1] >= y else 0
+        for group in self.groups:
+            top, whole = group["bounding"][1], group["bounding"][3]
+            group["bounding"][1] += height if top >= y else 0
+            group["bounding"][3] += height if top < y < top + whole else 0
+
     def save(self, name: str) -> None:
+        self.make_room()
         workflow = {
             "id": f"5d600000-0000-4000-8000-{sum(name.encode()):012d}", "revision": 0,
             "last_node_id": len(self.nodes), "last_link_id": len(self.links), "nodes": self.nodes,

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -75,13 +75,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(host: Path, base: Path, patience: float = 180) -> Iterator[Server]:
-    """Boots the ComfyUI at ``host`` on a free port, on the CPU; always ends it."""
+def serve(host: Path, base: Path, patience: float = 180, arguments: Sequence[str] = ()) -> Iterator[Server]:
+    """Boots the ComfyUI at ``host`` on a free port, on the CPU, with more ``arguments``; always ends it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "main.py", "--cpu", "--port", str(port), "--base-directory", str(base)]
-    command += ["--disable-auto-launch", "--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
+    command += ["--disable-auto-launch", "--disable-api-nodes", "--database-url", "sqlite:///:memory:", *arguments]
     log = base / "server.log"
     with log.open("w") as out:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
