@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ...sdg_core.method import Early, GuidanceRun, StepTrace
-from ...sdg_core.method.report import name_of
+from ...sdg_core.method import Early, GuidanceRun, StepTrace, name_of
 
 EVENT = "sdg.curve"
 SECONDS_BETWEEN = 0.1

@@ -37,7 +37,7 @@ from .guide import encoder_noise, guidance_gradient, guidance_shift, guide
 from .ilvr import LowFrequencies, check_range, low_pass
 from .precision import added, precise
 from .references import REFERENCE_SEED, Batch
-from .report import GuidanceReport
+from .report import GuidanceReport, name_of
 from .run import Budget, GuidanceRun, StepTrace
 from .schedule import Convention, TimestepTable, betas, expand, timestep_embedding
 from .strength import Strength, rms
@@ -112,6 +112,7 @@ __all__ = [
     "guide",
     "joined",
     "low_pass",
+    "name_of",
     "precise",
     "resize",
     "rms",

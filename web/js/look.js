@@ -22,7 +22,8 @@ const KINDS = {
     "SDGClassifierGuidance",
   ],
   modifier: [
-    "SDGCombineGuidance", "SDGGuidanceFrames", "SDGGuidanceSchedule", "SDGGuidanceMask", "SDGGuidanceTarget",
+    "SDGCombineGuidance", "SDGGuidanceFrames", "SDGGuidanceSchedule", "SDGGuidanceSpeed", "SDGGuidanceMask",
+    "SDGGuidanceTarget",
     "SDGGuidanceAway", "SDGGuidanceReferences", "SDGGuidanceAugment", "SDGGuidanceBudget", "SDGSavePreset",
   ],
   sampler: [
