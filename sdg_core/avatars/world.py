@@ -56,17 +56,17 @@ Sampler = Literal["euler", "euler_ancestral", "paper"]
 SAMPLERS: tuple[Sampler, ...] = ("euler", "euler_ancestral", "paper")
 
 
-NOISY_SCALE: dict[Kind, float] = {"text": 300.0, "content": 1000.0, "structure": 1000.0, "style": 4000.0}
+NOISY_SCALE: dict[Kind, float] = {"text": 150.0, "content": 200.0, "structure": 600.0, "style": 4000.0}
 NOISY_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.9), "style": (0.2, 1.0)}
 """Scales and intervals that the noisy CLIP was measured at on the latent models: their runs start at less noise."""
 
-CLEAN_SCALE: dict[Kind, float] = {"text": 6000.0, "content": 600.0, "structure": 600.0, "style": 2000.0}
+CLEAN_SCALE: dict[Kind, float] = {"text": 600.0, "content": 600.0, "structure": 600.0, "style": 2000.0}
 CLEAN_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.95)}
 """Scales and intervals that clean encoders were measured at on the latent models: they pull less, and need longer."""
 
 OTHERS: dict[Literal["class", "direction"], tuple[float, tuple[float, float]]] = {
     "class": (20.0, (0.0, 1.0)),
-    "direction": (600.0, (0.0, 1.0)),
+    "direction": (300.0, (0.0, 1.0)),
 }
 """Scales and intervals of classifier and direction guidance."""
 
