@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -60,16 +62,21 @@ def older() -> tuple[Path, list[str]]:
 FRONTENDS: dict[str, Callable[[], tuple[Path, list[str]]]] = {"newest": newest, "older": older}
 
 
-@pytest.fixture(scope="session", params=list(FRONTENDS))
-def server(request, tmp_path_factory):
-    """A server of each frontend that is at hand."""
-    host, arguments = FRONTENDS[request.param]()
-    request.getfixturevalue("chromium")
-    base = tmp_path_factory.mktemp("base")
-    tools.install(base)
-    with tools.serve(host, base, arguments=arguments) as server:
-        server.name = request.param
-        yield server
+@pytest.fixture(scope="session")
+def serve(chromium, tmp_path_factory) -> Iterator[Callable]:
+    """serve(name) -> a server of that frontend, one at a time; skips where it is not at hand."""
+    running = contextlib.ExitStack()
+
+    @functools.lru_cache(maxsize=1)
+    def start(name: str):
+        running.close()
+        host, arguments = FRONTENDS[name]()
+        base = tmp_path_factory.mktemp("base")
+        tools.install(base)
+        return running.enter_context(tools.serve(host, base, arguments=arguments))
+
+    with running:
+        yield start
 
 
 @pytest.fixture(scope="session")
@@ -182,19 +189,20 @@ class Frontend:
         self.page.screenshot(path=SCREENSHOTS / f"{what}-{self.name}.png")
 
 
-@pytest.fixture(scope="session", params=list(RENDERERS))
-def frontend(request, server, chromium) -> Iterator[Frontend]:
-    """An open page in each renderer, the same for all tests: opening one takes long."""
-    page = chromium.new_page(viewport={"width": 1500, "height": 950})
+CASES = [f"{frontend}-{renderer}" for frontend in FRONTENDS for renderer in RENDERERS]
+
+
+@pytest.fixture(scope="session", params=CASES)
+def frontend(request, serve, chromium) -> Iterator[Frontend]:
+    """An open page of each frontend in each renderer, the same for all tests: opening one takes long."""
+    name, renderer = request.param.split("-")
+    server, page = serve(name), chromium.new_page(viewport={"width": 1500, "height": 950})
     page.set_default_timeout(PATIENCE)
-    theme = "light" if (request.param == "nodes2") == (server.name == "newest") else "dark"
-    for name, value in {
-        **SETTINGS,
-        "Comfy.VueNodes.Enabled": RENDERERS[request.param],
-        "Comfy.ColorPalette": theme,
-    }.items():
-        page.request.post(f"{server.url}/settings/{name}", data=json.dumps(value))
-    frontend = Frontend(page, server, f"{server.name}-{request.param}-{theme}")
+    theme = "light" if (name == "newest") == (renderer == "nodes2") else "dark"
+    settings = {**SETTINGS, "Comfy.VueNodes.Enabled": RENDERERS[renderer], "Comfy.ColorPalette": theme}
+    for setting, value in settings.items():
+        page.request.post(f"{server.url}/settings/{setting}", data=json.dumps(value))
+    frontend = Frontend(page, server, f"{request.param}-{theme}")
     frontend.open()
     yield frontend
     page.close()
