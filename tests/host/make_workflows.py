@@ -453,10 +453,10 @@ def crossfade_example() -> None:
     graph = Graph()
     m = models(graph, "Two encoders in one: the noisy CLIP sets the layout while there is much noise, the clean CLIP "
                       "looks at the decoded picture at the end.\n\nChange first: crossover, the timestep where they "
-                      "change over. 100 leaves little to the clean CLIP, 400 much; -1 asks the noisy CLIP's own "
-                      "file.")  # fmt: skip
+                      "change over, half and half. 100 leaves little to the clean CLIP, 400 much; -1 asks the "
+                      "noisy CLIP's own file.")  # fmt: skip
     clean = graph.add("SDGLoadCLIP", "Load CLIP (SDG)", (400, 0), [BUNDLED, "RN50", ""])
-    pair = graph.add("SDGEncoderCrossfade", "Encoder Crossfade (SDG)", (400, 200), [-1.0], noisy=m.clip, clean=clean)
+    pair = graph.add("SDGEncoderCrossfade", "Encoder Crossfade (SDG)", (400, 200), [200.0], noisy=m.clip, clean=clean)
     words = text(graph, replace(m, clip=pair), (400, 350), "a person with pink hair and glasses")
     graph.group("Sample through both", 380, -80, 1740, 840)
     latent = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (800, 420), [SIDE, SIDE, 4], vae=m.vae)
