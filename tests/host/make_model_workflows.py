@@ -429,9 +429,8 @@ def wan_frames() -> None:
     graph.save("wan_frames")
 
 
+EXAMPLES = [wan_frames, sd15_text_and_style, sdxl_style, sd3_content, flux_structure]
+
 if __name__ == "__main__":
-    wan_frames()
-    sd15_text_and_style()
-    sdxl_style()
-    sd3_content()
-    flux_structure()
+    for example in EXAMPLES:
+        example()

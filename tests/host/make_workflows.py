@@ -600,19 +600,24 @@ def controls_example() -> None:
     graph.save("controls")
 
 
+EXAMPLES = [
+    controls_example,
+    classifier_example,
+    regions_example,
+    edit_example,
+    references_example,
+    clean_clip_example,
+    crossfade_example,
+    paper_example,
+    ilvr_example,
+    finetune_example,
+    pixels_example,
+    text_example,
+    content_example,
+    style_and_structure_example,
+    text_and_image_example,
+]
+
 if __name__ == "__main__":
-    controls_example()
-    classifier_example()
-    regions_example()
-    edit_example()
-    references_example()
-    clean_clip_example()
-    crossfade_example()
-    paper_example()
-    ilvr_example()
-    finetune_example()
-    pixels_example()
-    text_example()
-    content_example()
-    style_and_structure_example()
-    text_and_image_example()
+    for example in EXAMPLES:
+        example()
