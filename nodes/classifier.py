@@ -27,8 +27,8 @@ class SDGLoadClassifier(io.ComfyNode):
                 io.Combo.Input(
                     "classifier_name",
                     options=host.model_names("classifier"),
-                    tooltip="A file of models/classifier: saved by this pack, or a published one such as "
-                    "256x256_classifier.pt.",
+                    tooltip="A file of models/classifier: saved by this pack, or published, such as "
+                    "256x256_classifier.pt; or the bundled one, for the bundled latent models.",
                 )
             ],
             outputs=[ClassifierSocket.Output("CLASSIFIER", tooltip="Connect to Classifier Guidance.")],

@@ -28,7 +28,8 @@ class SDGLoadNoisyCLIP(io.ComfyNode):
             node_id="SDGLoadNoisyCLIP",
             display_name="Load Noisy CLIP (SDG)",
             category="SDG/loaders",
-            description="Loads a CLIP that can read noisy pictures. Every guidance looks through one.",
+            description="Loads a CLIP that can read noisy pictures, for guidances to look through. Use it where your "
+            "model has one; Load CLIP otherwise.",
             inputs=[
                 io.Combo.Input(
                     "noisy_clip_name",
@@ -227,12 +228,14 @@ class SDGEmptyPixelLatent(io.ComfyNode):
                 io.Int.Input(
                     "width",
                     **size,
-                    tooltip="Width in pixels. The bundled models know 32, published ADMs 256.",
+                    tooltip="Width in pixels. The bundled latent models know 128, the one of pixels 32, published "
+                    "ADMs 256.",
                 ),
                 io.Int.Input(
                     "height",
                     **size,
-                    tooltip="Height in pixels. The bundled models know 32, published ADMs 256.",
+                    tooltip="Height in pixels. The bundled latent models know 128, the one of pixels 32, published "
+                    "ADMs 256.",
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="How many pictures to sample at once."),
                 io.Vae.Input(

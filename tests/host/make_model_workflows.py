@@ -37,6 +37,12 @@ CORE: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         [("model", "MODEL"), ("positive", "CONDITIONING"), ("negative", "CONDITIONING"), ("latent_image", "LATENT")],
         [("LATENT", "LATENT")],
     ),
+    "CLIPLoader": ([], [("CLIP", "CLIP")]),
+    "ModelSamplingSD3": ([("model", "MODEL")], [("MODEL", "MODEL")]),
+    "EmptyHunyuanLatentVideo": ([], [("LATENT", "LATENT")]),
+    "SDGGuidanceFrames": ([("guidance", "SDG_GUIDANCE")], [("GUIDANCE", "SDG_GUIDANCE")]),
+    "CreateVideo": ([("images", "IMAGE"), ("audio", "AUDIO")], [("VIDEO", "VIDEO")]),
+    "SaveVideo": ([("video", "VIDEO")], []),
     "MarkdownNote": ([], []),
 }
 CORE_SIZES = {
@@ -46,7 +52,9 @@ CORE_SIZES = {
     "SDGContentGuidance": (380, 180), "SDGStructureGuidance": (380, 200), "SDGStyleGuidance": (380, 230),
     "SDGCombineGuidance": (380, 230), "SDGApplyGuidance": (320, 340), "KSampler": (320, 270),
     "SDGGuidedKSampler": (320, 580), "EmptyLatentImage": (320, 118), "EmptySD3LatentImage": (320, 118),
-    "VAEDecode": (320, 60), "SaveImage": (700, 830),
+    "VAEDecode": (320, 60), "SaveImage": (700, 830), "CLIPLoader": (380, 110), "ModelSamplingSD3": (320, 60),
+    "EmptyHunyuanLatentVideo": (320, 140), "SDGGuidanceFrames": (380, 90), "CreateVideo": (320, 80),
+    "SaveVideo": (700, 830),
 }  # fmt: skip
 """Heights that both renderers of the frontend keep; its newer one (Nodes 2.0) draws taller widgets."""
 
@@ -87,6 +95,10 @@ FLUX = File.at(f"{HUB}/Comfy-Org/flux1-dev/resolve/main/flux1-dev.safetensors", 
 CLIP_L = File.at(f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/clip_l.safetensors", "text_encoders")
 T5 = File.at(f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/t5xxl_fp16.safetensors", "text_encoders")
 FLUX_VAE = File.at(f"{HUB}/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors", "vae")
+WAN_FILES = f"{HUB}/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
+WAN = File.at(f"{WAN_FILES}/diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors?download=true", "diffusion_models")
+UMT5 = File.at(f"{WAN_FILES}/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors?download=true", "text_encoders")
+WAN_VAE = File.at(f"{WAN_FILES}/vae/wan_2.1_vae.safetensors?download=true", "vae")
 
 
 @dataclass(frozen=True)
@@ -200,6 +212,19 @@ def flux_dev(graph: ModelGraph, clip: CLIP, about: str) -> Models:
     return found
 
 
+def wan(graph: ModelGraph, clip: CLIP, about: str) -> Models:
+    """The Models group around Wan 2.1, a video model, which comes in parts."""
+    graph.group("Models", -20, -80, 420, graph.bottom + 80)
+    net = graph.load("UNETLoader", "Load Diffusion Model: Wan 2.1", (0, 0), [WAN.name, "default"], WAN)
+    text = graph.load("CLIPLoader", "Load its text encoder", (0, 160), [UMT5.name, "wan", "default"], UMT5)
+    vae = graph.load("VAELoader", "Load its VAE", (0, 340), [WAN_VAE.name], WAN_VAE)
+    shifted = graph.add("ModelSamplingSD3", "Shift", (0, 720), [8.0], model=net)
+    found = Models(shifted, text, vae, encoder(graph, clip, 500))
+    lines = [file.line() for file in (WAN, UMT5, WAN_VAE)] + [clip.line()]
+    graph.note("About", (0, 850), (380, 330), about + "\n\n## Models\n\n" + "\n".join(lines))
+    return found
+
+
 # Prompt
 
 
@@ -298,7 +323,8 @@ def sd15_text_and_style() -> None:
     m = checkpoint(
         graph, "SD 1.5", SD15, VIT_B_16,
         "A text and a picture's style at once, on top of Stable Diffusion 1.5's own prompt.\n\n"
-        "*Combine Guidance* adds the two up; its weights say which pulls more.",
+        "*Combine Guidance* adds the two up.\n\nChange first: the text and the picture in *Load Image*; then the two "
+        "weights, which say what pulls more.",
     )  # fmt: skip
     words = prompts(graph, m, "a cottage by a lake, mountains behind, evening light", "text, watermark, blurry")
     image = reference(graph, DECODED)
@@ -323,7 +349,8 @@ def sdxl_style() -> None:
     m = checkpoint(
         graph, "SDXL", SDXL, VIT_B_16,
         "The style of a picture, on whatever SDXL's own prompt says.\n\n"
-        "Strokes, texture and palette come along; what the picture shows does not. Put your own into *Load Image*.",
+        "Strokes, texture and palette come along; what the picture shows does not.\n\nChange first: the picture in "
+        "*Load Image*; then cap of *Apply Guidance*.",
     )  # fmt: skip
     words = prompts(graph, m, "a fox in an autumn forest, morning mist", "text, watermark")
     style = graph.add(
@@ -341,7 +368,7 @@ def sd3_content() -> None:
         graph, "SD 3.5 Large", SD35, VIT_B_32,
         "Variations on a picture with Stable Diffusion 3.5 Large.\n\n"
         "*Content Guidance* follows what the picture shows; pose and layout stay free, so every seed gives another "
-        "one. The prompt may stay general.",
+        "one. The prompt may stay general.\n\nChange first: the picture in *Load Image*; then the seed.",
     )  # fmt: skip
     words = prompts(graph, m, "a detailed illustration", "")
     content = graph.add(
@@ -356,7 +383,8 @@ def flux_structure() -> None:
     graph = ModelGraph(bottom=1060)
     m = flux_dev(
         graph, VIT_B_16,
-        "The layout of a picture, drawn anew by Flux.1 dev from its own prompt: things stay in their places.",
+        "The layout of a picture, drawn anew by Flux.1 dev from its own prompt: things stay in their places.\n\n"
+        "Change first: the picture in *Load Image* and the prompt; then cap of *Apply Guidance*.",
     )  # fmt: skip
     words = flux_prompts(graph, m, "a marble statue in a museum hall, soft daylight")
     structure = graph.add(
@@ -367,8 +395,42 @@ def flux_structure() -> None:
     saved(graph, m, apply_and_sample(graph, m, words, structure, run), "flux_structure")
 
 
+def wan_frames() -> None:
+    graph = ModelGraph(bottom=1200)
+    m = wan(
+        graph, VIT_B_32,
+        "Another text for the beginning of a video than for its end, with Wan 2.1.\n\n*Guidance Frames* lets a "
+        "guidance act on some frames only. They are latent frames: 33 frames of video are 9, counted from 0.\n\n"
+        "Change first: the two texts; then their frames.",
+    )  # fmt: skip
+    words = prompts(graph, m, "a fox walking through a forest, camera follows", "static, blurry, watermark")
+    graph.group("Guidance", 420, 220, 820, graph.bottom - 220)
+    parts = []
+    for x, season, frames in ((440, "green summer forest", "0-3"), (840, "forest in deep snow", "5-8")):
+        text = graph.add(
+            "SDGTextGuidance", "Text Guidance (SDG)", (x, 300), [f"a {season}", *settings("text")], noisy_clip=m.encoder
+        )
+        parts.append(graph.add("SDGGuidanceFrames", "Guidance Frames (SDG)", (x, 560), [frames], guidance=text))
+    both = graph.add(
+        "SDGCombineGuidance", "Combine Guidance (SDG)", (840, 700), [1.0, 1.0, 1.0, 1.0],
+        guidance_1=parts[0], guidance_2=parts[1],
+    )  # fmt: skip
+    graph.note("How strong?", (440, 700), (380, 360), HOW_STRONG + "\n\n" + LINEAR)
+    graph.group("Sample", 1260, -80, 1100, 930)
+    empty = graph.add("EmptyHunyuanLatentVideo", "Empty video latent", (1280, 0), [832, 480, 33, 1])
+    run = Run(30, 6.0, "uni_pc", "simple", "EmptyHunyuanLatentVideo", 832)
+    samples = graph.add(
+        "SDGGuidedKSampler", "Guided KSampler (SDG)", (1280, 190), [*run.widgets(), *STRENGTH, "auto"],
+        model=m.model, latent_image=empty, guidance=both, positive=words.positive, negative=words.negative,
+    )  # fmt: skip
+    images = graph.add("VAEDecode", "VAE Decode", (1280, 640), [], samples=samples, vae=m.vae)
+    video = graph.add("CreateVideo", "Create Video", (1280, 740), [16], images=images)
+    graph.add("SaveVideo", "Save Video", (1640, 0), ["SDG/wan_frames", "auto", "auto"], video=video)
+    graph.save("wan_frames")
+
+
+EXAMPLES = [wan_frames, sd15_text_and_style, sdxl_style, sd3_content, flux_structure]
+
 if __name__ == "__main__":
-    sd15_text_and_style()
-    sdxl_style()
-    sd3_content()
-    flux_structure()
+    for example in EXAMPLES:
+        example()

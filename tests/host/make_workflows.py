@@ -46,6 +46,17 @@ SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         [("latent", "LATENT")], [("LATENT", "LATENT"), ("plot", "IMAGE"), ("text", "STRING"), ("json", "STRING")],
     ),
     "SDGSavePreset": ([("guidance", "SDG_GUIDANCE")], []),
+    "SDGLoadPreset": ([("noisy_clip", "NOISY_CLIP"), ("classifier", "SDG_CLASSIFIER")], [("GUIDANCE", "SDG_GUIDANCE")]),
+    "SDGEncoderCrossfade": ([("noisy", "NOISY_CLIP"), ("clean", "NOISY_CLIP")], [("NOISY_CLIP", "NOISY_CLIP")]),
+    "SDGPaperSampler": ([("guidance", "SDG_GUIDANCE")], [("SAMPLER", "SAMPLER")]),
+    "BasicScheduler": ([("model", "MODEL")], [("SIGMAS", "SIGMAS")]),
+    "SamplerCustom": (
+        [
+            ("model", "MODEL"), ("positive", "CONDITIONING"), ("negative", "CONDITIONING"), ("sampler", "SAMPLER"),
+            ("sigmas", "SIGMAS"), ("latent_image", "LATENT"),
+        ],
+        [("output", "LATENT"), ("denoised_output", "LATENT")],
+    ),
     "SDGLoadClassifier": ([], [("CLASSIFIER", "SDG_CLASSIFIER")]),
     "SDGClassifierGuidance": ([("classifier", "SDG_CLASSIFIER")], [("GUIDANCE", "SDG_GUIDANCE")]),
     "SolidMask": ([], [("MASK", "MASK")]),
@@ -82,7 +93,9 @@ SIZES = {
     "SDGGuidanceSchedule": (340, 160), "SDGGuidanceSpeed": (340, 100),
     "SDGGuidanceMask": (340, 130), "SDGGuidanceTarget": (340, 100),
     "SDGGuidanceAway": (340, 100), "SDGGuidanceReferences": (340, 130), "SDGGuidanceAugment": (340, 160),
-    "SDGGuidanceReport": (320, 560), "SDGSavePreset": (300, 120),
+    "SDGGuidanceReport": (320, 560), "SDGSavePreset": (300, 120), "SDGLoadPreset": (300, 120),
+    "SDGEncoderCrossfade": (340, 100), "SDGPaperSampler": (320, 60), "BasicScheduler": (320, 130),
+    "SamplerCustom": (320, 250),
     "SDGGuidanceBudget": (340, 100), "SDGDirectionGuidance": (340, 300), "SDGClassifierGuidance": (340, 180),
     "SDGStyleGuidance": (340, 210), "SDGCombineGuidance": (340, 220), "SDGGuidedKSampler": (320, 580),
     "SDGApplyGuidance": (320, 340), "SDGLoadNoisyCLIP": (300, 190),
@@ -101,6 +114,7 @@ COLOURS = {
 """Title and body of nodes, by how their kinds begin, the first that fits: as web/js/look.js colours new nodes."""
 TITLE, GAP, HEADER = 30, 20, 80
 """Heights: a node's title, above its place; what is free below a node; from a group's top to its first node."""
+OF_THE_HOST = ("VAE Decode", "VAE Encode", "Save Image", "KSampler", "SamplerCustom", "Create Video", "Save Video")
 
 
 SIDE = 128
@@ -143,6 +157,8 @@ class Graph:
         }  # fmt: skip
         fitting = [pair for begins, pair in COLOURS.items() if kind.startswith(tuple(begins.split()))]
         node |= dict(zip(("color", "bgcolor"), fitting[0], strict=True)) if fitting else {}
+        if title.endswith("(SDG)") or title in OF_THE_HOST:
+            del node["title"]  # the node's own: the frontend shows it in the user's language
         self.nodes.append(node)
         for slot, (name, type_) in enumerate(inputs):
             if name in sources:
@@ -150,7 +166,7 @@ class Graph:
         return number
 
     def _link(self, source: int, target: int, slot: int, type_: str) -> None:
-        """From the source's output of that type; no node here has two of one type."""
+        """From the source's first output of that type."""
         number, outputs = len(self.links) + 1, self.nodes[source - 1]["outputs"]
         output = [out["type"] for out in outputs].index(type_)
         self.links.append([number, source, output, target, slot, type_])
@@ -268,8 +284,8 @@ def result(graph: Graph, models: Models, y: int, guidance: int, seed: int, name:
 def text_example() -> None:
     graph = Graph()
     m = models(graph, "A prompt for a model that has none: Text Guidance pulls every step towards the text.\n\n"
-                      "Try other hair and background colours, glasses, a beard, a hat, or a drawing style such as "
-                      "pixel art, sketch or toon. Scale 0 gives what the model draws alone.")  # fmt: skip
+                      "Change first: the text, to other hair and background colours, a beard, a hat, or a style such "
+                      "as pixel art, sketch or toon. Then the scale: 0 gives what the model draws alone.")  # fmt: skip
     guidance = text(graph, m, (400, 0), "a person with glasses and blue background")
     result(graph, m, 0, guidance, 0, "text", "Sample under a text")
     graph.save("text")
@@ -278,7 +294,8 @@ def text_example() -> None:
 def content_example() -> None:
     graph = Graph()
     m = models(graph, "Variations of a picture. The first row samples a reference; Load Image can take its place.\n\n"
-                      "Content Guidance follows what it shows, not its pixels.")  # fmt: skip
+                      "Content Guidance follows what it shows, not its pixels.\n\nChange first: the seed of the last "
+                      "Guided KSampler, for other variations; then the scale, higher to come closer.")  # fmt: skip
     image = reference(graph, m, 0, "a person with red hair, yellow background", 3, "1. A reference")
     guidance = graph.add(
         "SDGContentGuidance", "Content Guidance (SDG)", (400, 800), [*settings("content")],
@@ -290,8 +307,9 @@ def content_example() -> None:
 
 def style_and_structure_example() -> None:
     graph = Graph()
-    m = models(graph, "The layout of one picture in the style of another. Both references are sampled here; put Load "
-                      "Image in their place to use your own.\n\nWeights balance the two.")  # fmt: skip
+    m = models(graph, "The layout of one picture in the style of another. Both references are sampled here; "
+                      "put Load Image in their place to use your own.\n\nChange first: weight_1 for the layout, "
+                      "weight_2 for the style, each between 0.1 and 1.")  # fmt: skip
     layout = reference(graph, m, 0, "flat cartoon with long hair and orange background", 3, "1. A reference for layout")
     look = reference(graph, m, 800, "pixel art with green background", 5, "2. A reference for style")
     structure = graph.add(
@@ -312,9 +330,9 @@ def style_and_structure_example() -> None:
 
 def text_and_image_example() -> None:
     graph = Graph()
-    m = models(graph, "A picture's content, changed by a text: Combine Guidance adds the two up.\n\nRaise weight_1 to "
-                      "stay closer to the picture, weight_2 to follow the text more. Guidance Report says what each "
-                      "did; Save Preset, switched off here, keeps both (Ctrl-M switches it on).")  # fmt: skip
+    m = models(graph, "A picture's content, changed by a text: Combine Guidance adds the two up.\n\nChange first: "
+                      "weight_1, to stay closer to the picture; weight_2, to follow the text. Guidance Report says "
+                      "what each did. Save Preset keeps both, Load Preset brings them back (Ctrl-M: on).")  # fmt: skip
     image = reference(graph, m, 0, "a person with red hair, yellow background", 3, "1. A reference")
     content = graph.add(
         "SDGContentGuidance", "Content Guidance (SDG)", (400, 800), [*settings("content")],
@@ -327,7 +345,7 @@ def text_and_image_example() -> None:
     )  # fmt: skip
     graph.add("SDGSavePreset", "Save Preset (SDG)", (0, 800), ["blue_hair"], guidance=both)
     graph.nodes[-1]["mode"] = 2  # muted
-    graph.group("Keep it", -20, 720, 380, 260)
+    graph.group("Keep it", -20, 720, 380, 420)
     graph.group("2. Its content, with the hair of the text", 380, 720, 1740, 840)
     empty = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (800, 1220), [SIDE, SIDE, 4], vae=m.vae)
     samples = graph.add(
@@ -337,14 +355,16 @@ def text_and_image_example() -> None:
     told = graph.add("SDGGuidanceReport", "Guidance Report (SDG)", (1160, 910), [], latent=samples)
     decoded = graph.add("VAEDecode", "VAE Decode", (1160, 800), [], samples=told, vae=m.vae)
     shown(graph, decoded, (1500, 800), "text_and_image")
+    graph.add("SDGLoadPreset", "Load Preset (SDG)", (0, 980), ["blue_hair.json"], noisy_clip=m.clip)
+    graph.nodes[-1]["mode"] = 2  # muted
     graph.save("text_and_image")
 
 
 def ilvr_example() -> None:
     graph = Graph()
     m = models(graph, "A picture's colours and coarse layout, with detail from a text: ILVR Reference holds the low "
-                      "frequencies, Text Guidance moves the rest.\n\nA higher down factor leaves more to model and "
-                      "text; so does a lower end_percent.")  # fmt: skip
+                      "frequencies, Text Guidance moves the rest.\n\nChange first: down_factor; higher leaves more to "
+                      "model and text. So does a lower end_percent.")  # fmt: skip
     image = reference(graph, m, 0, "a person with red hair, yellow background", 3, "1. A reference")
     held = graph.add(
         "SDGILVRReference", "ILVR Reference (SDG)", (400, 800), [ILVR_FACTOR, 0.0, 1.0],
@@ -358,8 +378,8 @@ def ilvr_example() -> None:
 def classifier_example() -> None:
     graph = Graph()
     m = models(graph, "ADM's own guidance, by a classifier of noisy pictures: it pulls towards one of the classes that "
-                      "it was trained on.\n\nThe bundled one knows single attributes: blue background, pink hair, "
-                      "glasses, no hat, pixel art. Compare with Text Guidance, which takes any words.")  # fmt: skip
+                      "it was trained on.\n\nChange first: class_name. The bundled one knows single attributes: blue "
+                      "background, pink hair, glasses, no hat, pixel art. Text Guidance takes any words.")  # fmt: skip
     classifier = graph.add("SDGLoadClassifier", "Load Classifier (SDG)", (400, 0), [CLIP])
     guidance = graph.add(
         "SDGClassifierGuidance", "Classifier Guidance (SDG)", (400, 160), ["green background", *CLASS_SETTINGS],
@@ -372,7 +392,8 @@ def classifier_example() -> None:
 def regions_example() -> None:
     graph = Graph()
     m = models(graph, "Two texts, each with its own part of the picture: Guidance Mask bounds what a text reads and "
-                      "changes.\n\nDraw masks with ComfyUI's mask editor; here they are the two halves.")  # fmt: skip
+                      "changes.\n\nChange first: the two texts; then the masks. Here they are the two halves; draw "
+                      "others with ComfyUI's mask editor.")  # fmt: skip
     graph.group("1. Masks", -820, 720, 760, 560)
     black = graph.add("SolidMask", "Nothing", (-800, 800), [0.0, SIDE, SIDE])
     half = graph.add("SolidMask", "Half", (-800, 960), [1.0, SIDE // 2, SIDE])
@@ -396,8 +417,9 @@ def regions_example() -> None:
 def edit_example() -> None:
     graph = Graph()
     m = models(graph, "Edits a picture as one text changes into another. Direction Guidance follows the change of "
-                      "texts, Structure Guidance keeps the rest, a denoise below 1 starts from the picture.\n\nThe "
-                      "first row samples a picture; Load Image can take its place.")  # fmt: skip
+                      "texts, Structure Guidance keeps the rest, a denoise below 1 starts from the picture.\n\nChange "
+                      "first: the two texts; then denoise, higher for more change. Load Image can take the place of "
+                      "the first row.")  # fmt: skip
     image = reference(graph, m, 0, "flat cartoon with black hair, yellow background", 3, "1. Before")
     change = graph.add(
         "SDGDirectionGuidance", "Direction Guidance (SDG)", (0, 800),
@@ -426,7 +448,8 @@ def references_example() -> None:
     graph = Graph()
     m = models(graph, "Several references for one guidance: Guidance References lets every picture follow the one that "
                       "it fits best. Guidance Target stops at a similarity instead of pulling on, Guidance Budget "
-                      "bounds what guidance costs.\n\nOther choices: mean, in turn, one each.")  # fmt: skip
+                      "bounds what guidance costs.\n\nChange first: choice, to mean, in turn or one each; then the "
+                      "similarity.")  # fmt: skip
     first = reference(graph, m, 0, "flat cartoon with red hair and yellow background", 3, "1. A reference")
     second = reference(graph, m, 800, "toon with green hair and blue background", 5, "2. Another one")
     pair = graph.add("ImageBatch", "Both", (0, 1600), [], image1=first, image2=second)
@@ -450,7 +473,8 @@ def clean_clip_example() -> None:
     note = (
         "Guidance with a CLIP that never saw noise, as you have one for every model: it reads the model's estimate, "
         "decoded. Guidance Augment shows it random crops, so that it is harder to please by patterns nobody sees.\n\n"
-        "A noisy CLIP, trained for your model with Fine-tune Noisy CLIP, does better and costs less."
+        "Change first: crops, fewer to save time, more for a steadier pull; then the scale. A noisy CLIP, made with "
+        "Fine-tune Noisy CLIP, does better and costs less."
     )
     graph.add("Note", "About", (0, 530), [note])
     adm = graph.add("SDGLoadADM", "Load ADM (SDG)", (0, 0), [MODEL])
@@ -470,12 +494,61 @@ def clean_clip_example() -> None:
     graph.save("clean_clip")
 
 
+def crossfade_example() -> None:
+    graph = Graph()
+    m = models(graph, "Two encoders in one: the noisy CLIP sets the layout while there is much noise, the clean CLIP "
+                      "looks at the decoded picture at the end.\n\nChange first: crossover, the timestep where they "
+                      "change over, half and half. 100 leaves little to the clean CLIP, 400 much; -1 asks the "
+                      "noisy CLIP's own file.")  # fmt: skip
+    clean = graph.add("SDGLoadCLIP", "Load CLIP (SDG)", (400, 0), [BUNDLED, "RN50", ""])
+    pair = graph.add("SDGEncoderCrossfade", "Encoder Crossfade (SDG)", (400, 200), [200.0], noisy=m.clip, clean=clean)
+    words = text(graph, replace(m, clip=pair), (400, 350), "a person with pink hair and glasses")
+    graph.group("Sample through both", 380, -80, 1740, 840)
+    latent = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (800, 420), [SIDE, SIDE, 4], vae=m.vae)
+    image = sampled(graph, m, (800, 0), words, latent, [0, *SAMPLING], vae=m.vae)
+    shown(graph, image, (1500, 0), "encoder_crossfade")
+    graph.save("encoder_crossfade")
+
+
+def paper_example() -> None:
+    graph = Graph()
+    graph.group("Models", -20, -80, 380, 720)
+    note = (
+        "The paper's own sampler: ancestral steps whose variance the model has learned, the mean shifted by variance "
+        "times gradient. No cap, no relative strength.\n\nChange first: the scale of Text Guidance, the paper's 100 to "
+        "300; then the steps. Published ADMs of 256 pixels, in models/adm, take 100 steps and more."
+    )
+    graph.add("Note", "About", (0, 430), [note])
+    adm = graph.add("SDGLoadADM", "Load ADM (SDG)", (0, 0), [BUNDLED])
+    clip = graph.add("SDGLoadNoisyCLIP", "Load Noisy CLIP (SDG)", (0, 140), [BUNDLED])
+    vae = graph.add("VAELoader", "Load VAE: pixel_space", (0, 280), ["pixel_space"])
+    graph.group("Sample as the paper does", 380, -80, 1740, 840)
+    guidance = graph.add(
+        "SDGTextGuidance", "Text Guidance (SDG)", (400, 0),
+        ["a person with glasses and blue background", DEFAULT_SCALE["text"], *DEFAULT_INTERVAL["text"]],
+        noisy_clip=clip,
+    )  # fmt: skip
+    method = graph.add("SDGPaperSampler", "Paper Sampler (SDG)", (800, 0), [], guidance=guidance)
+    sigmas = graph.add("BasicScheduler", "Steps", (800, 100), ["normal", 100, 1.0], model=adm)
+    latent = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (800, 580), [32, 32, 4])
+    samples = graph.add(
+        "SamplerCustom", "SamplerCustom", (800, 280), [True, 0, "fixed", 1.0],
+        model=adm, positive=adm, negative=adm, sampler=method, sigmas=sigmas, latent_image=latent,
+    )  # fmt: skip
+    image = graph.add("VAEDecode", "VAE Decode", (1160, 0), [], samples=samples, vae=vae)
+    widgets = ["nearest-exact", 256, 256, "disabled"]
+    large = graph.add("ImageScale", "Enlarge", (1160, 100), widgets, image=image)
+    shown(graph, large, (1500, 0), "paper")
+    graph.save("paper")
+
+
 def pixels_example() -> None:
     graph = Graph()
     graph.group("Models", -20, -80, 380, 720)
     note = (
         "The paper's own path: a model that draws pixels, 32 x 32 of them, with a noisy CLIP that reads pixels.\n\n"
-        "Pictures are decoded by Load VAE, pixel_space. Published ADMs of 256 pixels, in models/adm, go the same way."
+        "Change first: the text, then the scale. Pictures are decoded by Load VAE, pixel_space. Published ADMs of 256 "
+        "pixels, in models/adm, go the same way."
     )
     graph.add("Note", "About", (0, 430), [note])
     adm = graph.add("SDGLoadADM", "Load ADM (SDG)", (0, 0), [BUNDLED])
@@ -508,8 +581,8 @@ def finetune_example() -> None:
     vae = graph.add("SDGLoadAutoencoder", "Load Autoencoder (SDG)", (0, 340), [])
     note = (
         "Teaches a clean CLIP to read noise, on pictures that the diffusion model draws itself, and guides with the "
-        "result.\n\nThis is a trial of a minute or two. For a real one, give a folder of a few thousand pictures, and "
-        "1,000 steps or more. Save Noisy CLIP keeps the result; it is switched off here (Ctrl-M switches it on)."
+        "result.\n\nThis is a trial of a minute or two. Change first: folder, to a few thousand pictures of yours, and "
+        "steps, to 1,000 or more. Save Noisy CLIP keeps the result; it is switched off here (Ctrl-M switches it on)."
     )
     graph.add("Note", "About", (0, 500), [note])
     graph.group("1. Pictures to learn from", 380, -80, 740, 760)
@@ -549,7 +622,8 @@ def controls_example() -> None:
     note = (
         "Controls take a guidance and give it back with one thing changed.\n\nSchedule: the layout of the reference "
         "counts early, and less and less. Away: no glasses, and no push once there are none. Combine with conflicts on "
-        "project: neither undoes the other.\n\nOthers: Mask, Target, References, Augment, Budget."
+        "project: neither undoes the other.\n\nChange first: points of Guidance Schedule, for example 0:1, 0.3:0, "
+        "which leaves more to the model."
     )
     m = models(graph, note)
     image = reference(graph, m, 0, "a person with glasses and blue background", 3, "1. A reference")
@@ -572,17 +646,24 @@ def controls_example() -> None:
     graph.save("controls")
 
 
+EXAMPLES = [
+    controls_example,
+    classifier_example,
+    regions_example,
+    edit_example,
+    references_example,
+    clean_clip_example,
+    crossfade_example,
+    paper_example,
+    ilvr_example,
+    finetune_example,
+    pixels_example,
+    text_example,
+    content_example,
+    style_and_structure_example,
+    text_and_image_example,
+]
+
 if __name__ == "__main__":
-    controls_example()
-    classifier_example()
-    regions_example()
-    edit_example()
-    references_example()
-    clean_clip_example()
-    ilvr_example()
-    finetune_example()
-    pixels_example()
-    text_example()
-    content_example()
-    style_and_structure_example()
-    text_and_image_example()
+    for example in EXAMPLES:
+        example()

@@ -1,6 +1,7 @@
-"""Runs every example workflow of the bundled models in a real ComfyUI and saves its picture as the .jpg beside it.
+"""Runs example workflows of the bundled models in a real ComfyUI and saves their pictures as the .jpg beside them.
 
-`python tests/host/render_examples.py [COMFYUI_FOLDER]`
+`python tests/host/render_examples.py [COMFYUI_FOLDER [NAME ...]]`; all of them where no name is given. The help pages
+show the same pictures, smaller: `python tests/host/render_examples.py --help-pictures` makes those anew.
 """
 
 from __future__ import annotations
@@ -26,14 +27,23 @@ def grid(pictures: list[Image.Image], gap: int = 8) -> Image.Image:
     return sheet
 
 
-def main(host: Path) -> None:
+def help_pictures() -> None:
+    """web/docs/<example>.jpg for the help pages, of the pictures beside the examples."""
+    for path in sorted((ROOT / "example_workflows").glob("*.jpg")):
+        if any(path.name in page.read_text(encoding="utf-8") for page in (ROOT / "web/docs").glob("*.md")):
+            picture = Image.open(path)
+            picture.thumbnail((400, 400), Image.Resampling.LANCZOS)
+            picture.save(ROOT / "web/docs" / path.name, quality=85)
+
+
+def main(host: Path, names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         install(Path(folder))
         with serve(host, Path(folder)) as server:
             info = server.get("/object_info")
             for path in sorted((ROOT / "example_workflows").glob("*.json")):
                 workflow = json.loads(path.read_text())
-                if needs_download(workflow):
+                if needs_download(workflow) or (names and path.stem not in names):
                     continue
                 entry = server.run(to_prompt(workflow, info))
                 files = server.pictures(entry)
@@ -46,4 +56,7 @@ def main(host: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path.home() / "comfy/ComfyUI")
+    if "--help-pictures" in sys.argv:
+        help_pictures()
+    else:
+        main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path.home() / "comfy/ComfyUI", sys.argv[2:])

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACK = ["__init__.py", "nodes", "sdg_core", "web", "example_workflows", "pyproject.toml"]
+PACK = ["__init__.py", "nodes", "sdg_core", "web", "locales", "example_workflows", "pyproject.toml"]
 NOTES = ("Note", "MarkdownNote")
 VALUES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 

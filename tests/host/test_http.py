@@ -39,6 +39,11 @@ FOR_DOWNLOADS = [name for name, workflow in EXAMPLES.items() if tools.needs_down
 BUNDLED = [name for name in EXAMPLES if name not in FOR_DOWNLOADS]
 TRAINING, TIMED = ["finetune"], ["references"]
 """Examples that the core does not repeat: one learns, one chooses by the time that steps take."""
+JOINED, OTHER_SAMPLERS = ["encoder_crossfade"], ["paper"]
+"""Two more: one looks through two views at once, which test_latent holds; one is sampled by SamplerCustom, as
+test_sampling is."""
+OF_PIXELS = ["pixels", "paper"]
+REPEATED = [name for name in BUNDLED if name not in (*TRAINING, *TIMED, *JOINED, *OTHER_SAMPLERS)]
 CONTROLS = {
     "SDGGuidanceSchedule": lambda term, values: replace(term, curves=(curve_of(values),), every=values["every"]),
     "SDGGuidanceSpeed": lambda term, values: guidance.PACES[values["speed"]].of(term),
@@ -198,11 +203,11 @@ def test_example_runs_as_it_is(server, info, name):
     entry = server.run(tools.to_prompt(EXAMPLES[name], info))
     assert entry["status"]["status_str"] == "success", entry["status"]
     seen = [pixels(file) for file in server.pictures(entry)]
-    assert [picture.shape for picture in seen] == [(256, 256, 3) if name == "pixels" else (128, 128, 3)] * 4
+    assert [picture.shape for picture in seen] == [(256, 256, 3) if name in OF_PIXELS else (128, 128, 3)] * 4
     assert len({picture.tobytes() for picture in seen}) == 4
 
 
-@pytest.mark.parametrize("name", [name for name in BUNDLED if name not in (*TRAINING, *TIMED)])
+@pytest.mark.parametrize("name", REPEATED)
 def test_example_gives_the_cores_picture(server, info, evaluate, name):
     """Within two of 255 at a fiftieth of its scales: at all of them guidance overshoots, and amplifies rounding."""
     prompt = tools.to_prompt(EXAMPLES[name], info)
