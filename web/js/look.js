@@ -23,8 +23,8 @@ const KINDS = {
   ],
   modifier: [
     "SDGCombineGuidance", "SDGGuidanceFrames", "SDGGuidanceSchedule", "SDGGuidanceSpeed", "SDGGuidanceMask",
-    "SDGGuidanceTarget",
-    "SDGGuidanceAway", "SDGGuidanceReferences", "SDGGuidanceAugment", "SDGGuidanceBudget", "SDGSavePreset",
+    "SDGGuidanceTarget", "SDGGuidanceAway", "SDGGuidanceReferences", "SDGGuidanceAugment", "SDGGuidanceBudget",
+    "SDGSavePreset",
   ],
   sampler: [
     "SDGGuidedKSampler", "SDGApplyGuidance", "SDGPaperSampler", "SDGGuidanceReport", "SDGILVRReference",
