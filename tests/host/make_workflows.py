@@ -101,7 +101,7 @@ SIZES = {
     "SDGILVRReference": (340, 180),
 }  # fmt: skip
 NOTES = ("Note", "MarkdownNote")
-OF_THE_HOST = ("VAE Decode", "VAE Encode", "Save Image", "KSampler", "SamplerCustom", "Create Video", "Save Video")
+OF_THE_HOST = ("VAE Decode", "VAE Encode", "Save Image", "KSampler", "SamplerCustom")
 
 
 SIDE = 128
