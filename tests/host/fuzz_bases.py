@@ -188,8 +188,8 @@ def graphs() -> dict[str, dict]:
             "8": node("SDGGuidanceTarget", guidance=["7", 0], similarity=0.3),
             "9": node("SDGContentGuidance", noisy_clip=["2", 0], image=["5", 0], scale=300.0, **WHOLE),
             "10": node("SDGGuidanceReferences", guidance=["9", 0], choice="nearest", weights="1"),
-            "11": node("SDGGuidanceSchedule", guidance=["10b", 0], curve="linear", points="0:0, 0.5:1, 1:0.2", every=2),
-            "10b": node("SDGGuidanceSpeed", guidance=["10", 0], speed="balanced"),
+            "11": node("SDGGuidanceSchedule", guidance=["21", 0], curve="linear", points="0:0, 0.5:1, 1:0.2", every=2),
+            "21": node("SDGGuidanceSpeed", guidance=["10", 0], speed="balanced"),
             "12": node("SDGLoadCLIP", clip_name=CLEAN, architecture="RN50", pretrained=""),
             "13": node(
                 "SDGDirectionGuidance", noisy_clip=["12", 0], image=["5", 0], from_text="a person",

@@ -41,8 +41,7 @@ CORE: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     "ModelSamplingSD3": ([("model", "MODEL")], [("MODEL", "MODEL")]),
     "EmptyHunyuanLatentVideo": ([], [("LATENT", "LATENT")]),
     "SDGGuidanceFrames": ([("guidance", "SDG_GUIDANCE")], [("GUIDANCE", "SDG_GUIDANCE")]),
-    "CreateVideo": ([("images", "IMAGE"), ("audio", "AUDIO")], [("VIDEO", "VIDEO")]),
-    "SaveVideo": ([("video", "VIDEO")], []),
+    "SaveAnimatedWEBP": ([("images", "IMAGE")], []),
     "MarkdownNote": ([], []),
 }
 CORE_SIZES = {
@@ -53,8 +52,7 @@ CORE_SIZES = {
     "SDGCombineGuidance": (380, 230), "SDGApplyGuidance": (320, 340), "KSampler": (320, 270),
     "SDGGuidedKSampler": (320, 580), "EmptyLatentImage": (320, 118), "EmptySD3LatentImage": (320, 118),
     "VAEDecode": (320, 60), "SaveImage": (700, 830), "CLIPLoader": (380, 110), "ModelSamplingSD3": (320, 60),
-    "EmptyHunyuanLatentVideo": (320, 140), "SDGGuidanceFrames": (380, 90), "CreateVideo": (320, 80),
-    "SaveVideo": (700, 830),
+    "EmptyHunyuanLatentVideo": (320, 140), "SDGGuidanceFrames": (380, 90), "SaveAnimatedWEBP": (700, 830),
 }  # fmt: skip
 """Heights that both renderers of the frontend keep; its newer one (Nodes 2.0) draws taller widgets."""
 
@@ -424,8 +422,8 @@ def wan_frames() -> None:
         model=m.model, latent_image=empty, guidance=both, positive=words.positive, negative=words.negative,
     )  # fmt: skip
     images = graph.add("VAEDecode", "VAE Decode", (1280, 640), [], samples=samples, vae=m.vae)
-    video = graph.add("CreateVideo", "Create Video", (1280, 740), [16], images=images)
-    graph.add("SaveVideo", "Save Video", (1640, 0), ["SDG/wan_frames", "auto", "auto"], video=video)
+    widgets = ["SDG/wan_frames", 16.0, False, 90, "default"]
+    graph.add("SaveAnimatedWEBP", "Save the video", (1640, 0), widgets, images=images)
     graph.save("wan_frames")
 
 

@@ -114,7 +114,7 @@ COLOURS = {
 """Title and body of nodes, by how their kinds begin, the first that fits: as web/js/look.js colours new nodes."""
 TITLE, GAP, HEADER = 30, 20, 80
 """Heights: a node's title, above its place; what is free below a node; from a group's top to its first node."""
-OF_THE_HOST = ("VAE Decode", "VAE Encode", "Save Image", "KSampler", "SamplerCustom", "Create Video", "Save Video")
+OF_THE_HOST = ("VAE Decode", "VAE Encode", "Save Image", "KSampler", "SamplerCustom")
 
 
 SIDE = 128
