@@ -419,7 +419,17 @@ BODIES: list[tuple[str, bytes]] = [
     ("deep node", b'{"prompt": {"1": ' + b'{"a":' * 900 + b"1" + b"}" * 900 + b"}}"),
     ("nan", b'{"prompt": NaN}'),
 ]
-NODES = [None, 5, "word", [], {}, {"class_type": "SDGLoadADM"}, {"inputs": {}}, {"class_type": ["a"], "inputs": {}}]
+NODES = [
+    None,
+    5,
+    "word",
+    [],
+    {},
+    {"class_type": "SDGLoadADM", "inputs": {}},
+    {"inputs": {}},
+    {"class_type": ["a"], "inputs": {}},
+]
+"""In a node's place. None without inputs: where no output asks for such a node, the host's own worker ends by it."""
 INPUTS = [None, 5, "word", [], [["a", 1]]]
 ENVELOPES = [
     {"prompt_id": 5}, {"prompt_id": "no id"}, {"number": "first"}, {"number": None}, {"front": "yes"},
