@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 from PIL import Image
 
 SAMPLER = "SDGGuidedKSampler"
 MINUS = "\N{MINUS SIGN}"
+CATEGORY = re.compile("semantic.diffusion.guidance", re.IGNORECASE)
+"""The pack among the templates: its folder, or its name in the user's language where the frontend looks that up."""
 
 
 def test_nodes_are_found_placed_and_wired_and_say_what_is_missing(frontend):
@@ -83,7 +86,7 @@ def open_template(frontend, name: str) -> None:
     page = frontend.page
     page.get_by_role("button", name="Templates").first.click()
     dialog = page.get_by_role("dialog").last
-    dialog.get_by_text("semantic-diffusion-guidance").first.click()
+    dialog.get_by_text(CATEGORY).first.click()
     dialog.get_by_text(name, exact=True).first.click()
     page.wait_for_function("kind => app.graph.nodes.some(node => node.type === kind)", arg=SAMPLER)
     page.wait_for_timeout(500)
