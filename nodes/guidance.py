@@ -150,19 +150,35 @@ class SDGTextGuidance(io.ComfyNode):
                     "negative pushes away (better: Guidance Away). Usual: 50 to 300.",
                 ),
                 *interval_inputs(*defaults.TEXT_INTERVAL),
+                io.String.Input(
+                    "negative",
+                    optional=True,
+                    default="",
+                    tooltip="What to pull away from, half as strongly. Best: what the text says of every picture, as "
+                    '"a person" or "a photo": then the rest of the text counts for more. Empty is none.',
+                ),
             ],
             outputs=[guidance_output()],
         )
 
     @classmethod
     def execute(
-        cls, noisy_clip: host.NoisyCLIPValue, text: str, scale: float, start_percent: float, end_percent: float
+        cls,
+        noisy_clip: host.NoisyCLIPValue,
+        text: str,
+        scale: float,
+        start_percent: float,
+        end_percent: float,
+        negative: str = "",
     ) -> io.NodeOutput:
         prompt = to_prompt(text)
+        negatives = (negative.strip(),) if negative.strip() else ()
 
         def make(patcher: ModelPatcher) -> TextGuidance:
+            encoder = host.load_encoder(patcher)
             with torch.no_grad():
-                return TextGuidance(host.load_encoder(patcher).encode_text([prompt]), texts=(prompt,))
+                against = encoder.encode_text(list(negatives)) if negatives else None
+                return TextGuidance(encoder.encode_text([prompt]), False, (prompt,), against, negatives)
 
         return terms_of(noisy_clip, make, scale, start_percent, end_percent)
 

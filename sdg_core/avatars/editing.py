@@ -34,7 +34,7 @@ from .jobs import (
 )
 from .world import Change, Pull, World
 
-DENOISE, DIRECTION, KEEP = 0.8, 300.0, 100.0
+DENOISE, DIRECTION, KEEP = 0.8, 600.0, 100.0
 """Of the edit: denoise, and the scales of direction and structure guidance."""
 REGIONS = 3.0
 WITHOUT = 1.0

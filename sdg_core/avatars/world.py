@@ -56,17 +56,20 @@ Sampler = Literal["euler", "euler_ancestral", "paper"]
 SAMPLERS: tuple[Sampler, ...] = ("euler", "euler_ancestral", "paper")
 
 
-NOISY_SCALE: dict[Kind, float] = {"text": 150.0, "content": 200.0, "structure": 600.0, "style": 4000.0}
+NOISY_SCALE: dict[Kind, float] = {"text": 200.0, "content": 1000.0, "structure": 1000.0, "style": 4000.0}
 NOISY_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.9), "style": (0.2, 1.0)}
 """Scales and intervals that the noisy CLIP was measured at on the latent models: their runs start at less noise."""
 
-CLEAN_SCALE: dict[Kind, float] = {"text": 600.0, "content": 600.0, "structure": 600.0, "style": 2000.0}
+NEGATIVE = "a person"
+"""What all pictures of the latent models share: texts pull better without it."""
+
+CLEAN_SCALE: dict[Kind, float] = {"text": 6000.0, "content": 600.0, "structure": 600.0, "style": 2000.0}
 CLEAN_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.95)}
 """Scales and intervals that clean encoders were measured at on the latent models: they pull less, and need longer."""
 
 OTHERS: dict[Literal["class", "direction"], tuple[float, tuple[float, float]]] = {
     "class": (20.0, (0.0, 1.0)),
-    "direction": (300.0, (0.0, 1.0)),
+    "direction": (600.0, (0.0, 1.0)),
 }
 """Scales and intervals of classifier and direction guidance."""
 
@@ -95,7 +98,8 @@ class Pull:
 
     Towards a prompt, a reference picture (3, h, w) in -1..1, the name of a class of the world's classifier (of the kind
     "class"), or a change. ``region`` (h, w) is where it acts, 1 inside; ``away`` turns it around, until its similarity
-    is ``until``; its gradient is taken at ``every`` k-th noise level, or at a ready-made ``pace``.
+    is ``until``; its gradient is taken at ``every`` k-th noise level, or at a ready-made ``pace``. ``negative`` text of
+    a text: None is the world's own, "" none; what is pushed away has none.
     """
 
     kind: Kind | Literal["class", "direction"]
@@ -106,6 +110,7 @@ class Pull:
     until: float = 0.0
     every: int = 1
     pace: str = "quality"
+    negative: str | None = None
 
 
 Route = Literal["noisy linear", "clean linear", "clean decoded"]
@@ -128,7 +133,7 @@ class World:
     """Model, encoder and what measures them. ``renders`` (N, 3, S, S) in -1..1, ``labels`` (N, A), -1 unknown.
 
     ``decoded`` makes pictures of latents, None where the model draws pictures. ``scales`` and ``intervals`` are the
-    defaults by kind. ``seen``: what the judge sees in held-out renders; None: it looks at ``renders``.
+    defaults by kind, ``negative`` that of texts. ``seen``: what the judge sees in held-out renders; None: it looks at ``renders``.
     """
 
     denoiser: ADMDenoiser
@@ -143,6 +148,7 @@ class World:
     intervals: Mapping[Kind, tuple[float, float]] = field(default_factory=lambda: DEFAULT_INTERVAL)
     seen: HeldOut | None = None
     classifier_file: Path | None = None
+    negative: str = ""
 
     @functools.cached_property
     def held_out(self) -> HeldOut:
@@ -183,8 +189,11 @@ class World:
         if pull.kind == "class":
             return ClassGuidance(self.classifier.number_of(str(pull.target)))
         if isinstance(pull.target, str):
+            negative = self.negative if pull.negative is None and not pull.away else pull.negative or ""
             with torch.no_grad():
-                return TextGuidance(self.encoder.encode_text([pull.target]), texts=(pull.target,))
+                against = self.encoder.encode_text([negative]) if negative else None
+                wanted = self.encoder.encode_text([pull.target])
+            return TextGuidance(wanted, False, (pull.target,), against, (negative,) if negative else ())
         if isinstance(pull.target, Change):
             with torch.no_grad():
                 before, after = self.encoder.encode_text([pull.target.before, pull.target.after]).tensor_split(2)
@@ -239,6 +248,7 @@ def load_latent_world(name: WorldName) -> World:
         NOISY_INTERVAL if noisy else CLEAN_INTERVAL,
         load_held_out(latent / "held_out.safetensors"),
         latent / "classifier.safetensors",
+        NEGATIVE if noisy else "",
     )
 
 

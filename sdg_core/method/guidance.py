@@ -35,6 +35,10 @@ Text decides little in the noisiest steps and harms the finest ones (Kynkaanniem
 """
 
 
+NEGATIVE_PART = 0.5
+"""How much a negative text counts. Of the whole of it pictures keep less of what else the text names; see the README."""
+
+
 Look = Callable[[Tensor, "int | None"], Features]
 """(clean references (R, 3, h, w) in -1..1, depth or None for all) -> their features at the current step's noise."""
 
@@ -61,15 +65,19 @@ class Guidance(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class TextGuidance:
-    """F = E'(x_t, t) . E_L(l). ``embed``: normalised text embeddings (N, D); several are averaged in score.
+    """F = E'(x_t, t) . E_L(l) - NEGATIVE_PART E'(x_t, t) . E_L(n), n a negative text if there is one.
 
-    ``spherical``: F = 1 - theta^2 / 2 of the angle theta instead of cos(theta), see ``_cosine``. ``texts``: the words
-    that ``embed`` is of, where they are known.
+    ``embed``: normalised text embeddings (N, D); several are averaged in score. ``spherical``: 1 - theta^2 / 2 of the
+    angle theta instead of cos(theta), see ``_cosine``. ``texts``: the words that ``embed`` is of, where they are known.
+    ``negative``, ``negative_texts``: likewise of n. Where n is what l shares with all other pictures ("a person"), the
+    pull is towards what sets l apart.
     """
 
     embed: Tensor
     spherical: bool = False
     texts: tuple[str, ...] = ()
+    negative: Tensor | None = None
+    negative_texts: tuple[str, ...] = ()
     best, aligned = 1.0, False
 
     def depth(self, encoder: Encoder) -> int:
@@ -79,7 +87,11 @@ class TextGuidance:
         return Features((), self.embed)
 
     def score(self, features: Features, target: Features) -> Tensor:
-        return _cosine(features, target, self.spherical)
+        score = _cosine(features, target, self.spherical)
+        if self.negative is None:
+            return score
+        negative = Features((), self.negative.to(score.device))
+        return score - NEGATIVE_PART * _cosine(features, negative, self.spherical)
 
 
 @dataclass(frozen=True, eq=False)

@@ -160,6 +160,7 @@ def _kind_fields(guidance: Guidance) -> dict[str, object]:
     said: dict[str, object]
     if isinstance(guidance, TextGuidance):
         said = {"kind": "text", "texts": _known(guidance.texts), "spherical": guidance.spherical}
+        said |= {} if guidance.negative is None else {"negative": _known(guidance.negative_texts)}
     elif isinstance(guidance, ContentGuidance):
         said = {"kind": "content", "images": written(guidance.image, PICTURE), "spherical": guidance.spherical}
     elif isinstance(guidance, StructureGuidance):
@@ -283,13 +284,13 @@ def _read_images(fields: Fields, name: str, kind: Range) -> Tensor:
     return torch.stack(images)
 
 
-def _read_texts(fields: Fields, least: int, most: int) -> tuple[str, ...]:
+def _read_texts(fields: Fields, least: int, most: int, name: str = "texts") -> tuple[str, ...]:
     def read(value: object, path: str) -> str:
         if not isinstance(value, str) or not value.strip() or len(value) > LONGEST_TEXT:
             refuse(path, value, f"a text of 1 to {LONGEST_TEXT} characters")
         return value
 
-    return fields.items("texts", most, read, least)
+    return fields.items(name, most, read, least)
 
 
 def _read_layers(fields: Fields) -> tuple[int, ...]:
@@ -298,7 +299,13 @@ def _read_layers(fields: Fields) -> tuple[int, ...]:
 
 def _read_text(fields: Fields) -> Make:
     texts, spherical = _read_texts(fields, 1, MANY), fields.flag("spherical")
-    return lambda encoder, speak: TextGuidance(_said(speak, texts), spherical, texts)
+    negative = _read_texts(fields, 1, MANY, "negative") if "negative" in fields.values else ()
+
+    def make(encoder: Encoder, speak: Speak) -> TextGuidance:
+        against = _said(speak, negative) if negative else None
+        return TextGuidance(_said(speak, texts), spherical, texts, against, negative)
+
+    return make
 
 
 def _read_content(fields: Fields) -> Make:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from sdg_core.avatars import CLEAN_INTERVAL, CLEAN_SCALE, NOISY_INTERVAL, NOISY_SCALE  # noqa: E402
 from sdg_core.avatars.editing import DENOISE, DIRECTION, KEEP, REGIONS  # noqa: E402
-from sdg_core.avatars.world import OTHERS  # noqa: E402
+from sdg_core.avatars.world import NEGATIVE, OTHERS  # noqa: E402
 from sdg_core.method import DEFAULT_INTERVAL, DEFAULT_SCALE, StructureGuidance, StyleGuidance  # noqa: E402
 
 STRUCTURE_LAYERS, STYLE_LAYERS = (",".join(map(str, kind.layers)) for kind in (StructureGuidance, StyleGuidance))
@@ -89,7 +89,7 @@ SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     "Note": ([], []),
 }  # fmt: skip
 SIZES = {
-    "SDGTextGuidance": (340, 230), "SDGContentGuidance": (340, 150), "SDGStructureGuidance": (340, 180),
+    "SDGTextGuidance": (340, 260), "SDGContentGuidance": (340, 150), "SDGStructureGuidance": (340, 180),
     "SDGGuidanceSchedule": (340, 160), "SDGGuidanceSpeed": (340, 100),
     "SDGGuidanceMask": (340, 130), "SDGGuidanceTarget": (340, 100),
     "SDGGuidanceAway": (340, 100), "SDGGuidanceReferences": (340, 130), "SDGGuidanceAugment": (340, 160),
@@ -263,7 +263,7 @@ def shown(graph: Graph, image: int, at: tuple[int, int], name: str = "") -> None
 
 
 def text(graph: Graph, models: Models, at: tuple[int, int], prompt: str, title: str = "Text Guidance (SDG)") -> int:
-    return graph.add("SDGTextGuidance", title, at, [prompt, *settings("text")], noisy_clip=models.clip)
+    return graph.add("SDGTextGuidance", title, at, [prompt, *settings("text"), NEGATIVE], noisy_clip=models.clip)
 
 
 def reference(graph: Graph, models: Models, y: int, prompt: str, seed: int, title: str) -> int:
@@ -605,7 +605,7 @@ def finetune_example() -> None:
     graph.group("3. Guide with it", 1900, -80, 1740, 840)
     guidance = graph.add(
         "SDGTextGuidance", "Text Guidance (SDG)", (1920, 0),
-        ["a person with blue background", *settings("text")], noisy_clip=tuned,
+        ["a person with blue background", *settings("text"), NEGATIVE], noisy_clip=tuned,
     )  # fmt: skip
     four = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (2320, 420), [SIDE, SIDE, 4], vae=vae)
     samples = graph.add(

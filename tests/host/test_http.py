@@ -111,7 +111,10 @@ def evaluate(installed) -> Callable[[dict, str], Tensor]:
         image = go(prompt, values["image"][0]) if "image" in values else None
         layers = tuple(int(n) for n in values.get("layers", "1").split(","))
         made = {
-            "SDGTextGuidance": lambda: guidance.TextGuidance(clip.encode_text([values["text"]])),
+            "SDGTextGuidance": lambda: guidance.TextGuidance(
+                clip.encode_text([values["text"]]),
+                negative=clip.encode_text([values["negative"]]) if values.get("negative") else None,
+            ),
             "SDGContentGuidance": lambda: guidance.ContentGuidance(image),
             "SDGStructureGuidance": lambda: guidance.StructureGuidance(image, layers),
             "SDGStyleGuidance": lambda: guidance.StyleGuidance(image, layers, values.get("centred", True)),
