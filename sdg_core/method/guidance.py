@@ -69,7 +69,7 @@ class TextGuidance:
 
     ``embed``: normalised text embeddings (N, D); several are averaged in score. ``spherical``: 1 - theta^2 / 2 of the
     angle theta instead of cos(theta), see ``_cosine``. ``texts``: the words that ``embed`` is of, where they are known.
-    ``negative``, ``negative_texts``: likewise of n. Where n is what l shares with all other pictures ("a person"), the
+    ``negative`` (1, D), ``negative_texts``: likewise of n. Where n is what l shares with all other pictures ("a person"), the
     pull is towards what sets l apart.
     """
 
@@ -84,14 +84,14 @@ class TextGuidance:
         return encoder.full_depth
 
     def target(self, look: Look) -> Features:
-        return Features((), self.embed)
+        negative = () if self.negative is None else (self.negative.expand(len(self.embed), -1),)
+        return Features(negative, self.embed)
 
     def score(self, features: Features, target: Features) -> Tensor:
         score = _cosine(features, target, self.spherical)
-        if self.negative is None:
-            return score
-        negative = Features((), self.negative.to(score.device))
-        return score - NEGATIVE_PART * _cosine(features, negative, self.spherical)
+        for negative in target.maps:
+            score = score - NEGATIVE_PART * _cosine(features, Features((), negative[:1]), self.spherical)
+        return score
 
 
 @dataclass(frozen=True, eq=False)

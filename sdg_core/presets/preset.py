@@ -160,7 +160,7 @@ def _kind_fields(guidance: Guidance) -> dict[str, object]:
     said: dict[str, object]
     if isinstance(guidance, TextGuidance):
         said = {"kind": "text", "texts": _known(guidance.texts), "spherical": guidance.spherical}
-        said |= {} if guidance.negative is None else {"negative": _known(guidance.negative_texts)}
+        said["negative"] = [] if guidance.negative is None else _known(guidance.negative_texts)
     elif isinstance(guidance, ContentGuidance):
         said = {"kind": "content", "images": written(guidance.image, PICTURE), "spherical": guidance.spherical}
     elif isinstance(guidance, StructureGuidance):
@@ -299,7 +299,7 @@ def _read_layers(fields: Fields) -> tuple[int, ...]:
 
 def _read_text(fields: Fields) -> Make:
     texts, spherical = _read_texts(fields, 1, MANY), fields.flag("spherical")
-    negative = _read_texts(fields, 1, MANY, "negative") if "negative" in fields.values else ()
+    negative = _read_texts(fields, 0, 1, "negative")
 
     def make(encoder: Encoder, speak: Speak) -> TextGuidance:
         against = _said(speak, negative) if negative else None

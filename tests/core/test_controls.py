@@ -825,6 +825,21 @@ def test_the_spherical_score_is_finite_at_the_reference_and_opposite_it():
     assert torch.isfinite(grad).all()
 
 
+@pytest.mark.parametrize("spherical", [False, True])
+def test_a_negative_text_is_that_text_away_at_half_the_scale(tiny_encoder, step, spherical):
+    encoder = tiny_encoder().double()
+    words = torch.eye(5, dtype=torch.float64)[:2]
+    wanted, other = (TextGuidance(words[i : i + 1], spherical) for i in (0, 1))
+    both = TextGuidance(wanted.embed, spherical, negative=other.embed)
+    step = tuple(part.double() for part in step)
+    one, two = (
+        shift_of(step, make_run(*terms))
+        for terms in ((Term(both, encoder, 5.0),), (Term(wanted, encoder, 5.0), Term(other, encoder, -2.5)))
+    )
+    torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+    assert (one - shift_of(step, make_run(Term(wanted, encoder, 5.0)))).norm() > 0.01 * one.norm()
+
+
 def test_crops_for_an_encoder_of_noise_are_refused(tiny_encoder, kinds):
     with pytest.raises(ValueError, match="for an encoder of noise; wanted a clean one"):
         Term(kinds["text"], tiny_encoder(), 5.0, augment=Augment())

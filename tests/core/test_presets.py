@@ -71,6 +71,7 @@ def terms(encoder, draw):
     """Every kind, and every control, for one encoder."""
     text = TextGuidance(embed(["a hat", "Hüte ☂"]), True, ("a hat", "Hüte ☂"))
     change = embed(["a", "b"])
+    plain = TextGuidance(embed(["a hat"]), False, ("a hat",), embed(["a"]), ("a",))
     seen, rough = eight_bit(2, 3, 9, 7, seed=0), draw(2, 3, 6, 5, seed=1).clamp(-1, 1)
     mask, soft = torch.zeros(1, 1, 8, 8), torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(2))
     mask[..., 3:] = 1
@@ -83,7 +84,8 @@ def terms(encoder, draw):
         Term(StyleGuidance(seen, (2,), True), encoder, 1 / 3, goal=Goal(0.7), budget=25.5, frames=(0, -1)),
         Term(DirectionGuidance(seen[:1], change[1:] - change[:1], ("a", "b")), encoder, 20.0, goal=Goal(0.1, False)),
     )
-    return (*combine([(parts[:2], 1.5), (parts[2:4], -0.1)], blend), *combine([(parts[4:], 2.0)], Blend(1.0)))
+    first = combine([(parts[:2], 1.5), (parts[2:4], -0.1)], blend)
+    return (*first, *combine([(parts[4:], 2.0)], Blend(1.0)), Term(plain, encoder, 7.0))
 
 
 def made(text: str, *encoders) -> tuple[Term, ...]:

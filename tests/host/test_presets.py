@@ -115,6 +115,17 @@ def test_a_pair_with_crops_gives_the_same_bits(run, sample, noisy_clip, clean_cl
         again(both, noisy_clip=noisy_clip)
 
 
+def test_a_negative_text_is_kept(run, sample, noisy_clip, again):
+    inputs = {"noisy_clip": noisy_clip, "text": "a red hat", "scale": 150.0, **WHOLE}
+    guidance = run("SDGTextGuidance", negative=" a person ", **inputs)
+    (term,) = guidance.terms
+    assert term.guidance.negative_texts == ("a person",)
+    assert torch.equal(sample(again(guidance, noisy_clip=noisy_clip)), sample(guidance))
+    assert not torch.equal(sample(run("SDGTextGuidance", **inputs)), sample(guidance))
+    blank = run("SDGTextGuidance", negative=" ", **inputs)
+    assert torch.equal(sample(run("SDGTextGuidance", **inputs)), sample(blank))
+
+
 def test_frames_and_budget_are_kept(run, noisy_clip, again):
     guidance = run("SDGGuidanceFrames", guidance=kinds(run, noisy_clip)["text"], frames="0-2,-1")
     guidance = run("SDGGuidanceBudget", guidance=guidance, percent=12.5)
