@@ -133,7 +133,8 @@ class World:
     """Model, encoder and what measures them. ``renders`` (N, 3, S, S) in -1..1, ``labels`` (N, A), -1 unknown.
 
     ``decoded`` makes pictures of latents, None where the model draws pictures. ``scales`` and ``intervals`` are the
-    defaults by kind, ``negative`` that of texts. ``seen``: what the judge sees in held-out renders; None: it looks at ``renders``.
+    defaults by kind, ``negative`` that of texts. ``seen``: what the judge sees in held-out renders; None: it looks at
+    ``renders``.
     """
 
     denoiser: ADMDenoiser

@@ -36,7 +36,7 @@ Text decides little in the noisiest steps and harms the finest ones (Kynkaanniem
 
 
 NEGATIVE_PART = 0.5
-"""How much a negative text counts. Of the whole of it pictures keep less of what else the text names; see the README."""
+"""How much a negative text counts. With all of it pictures show less of a text that names several things."""
 
 
 Look = Callable[[Tensor, "int | None"], Features]
@@ -69,8 +69,8 @@ class TextGuidance:
 
     ``embed``: normalised text embeddings (N, D); several are averaged in score. ``spherical``: 1 - theta^2 / 2 of the
     angle theta instead of cos(theta), see ``_cosine``. ``texts``: the words that ``embed`` is of, where they are known.
-    ``negative`` (1, D), ``negative_texts``: likewise of n. Where n is what l shares with all other pictures ("a person"), the
-    pull is towards what sets l apart.
+    ``negative`` (1, D), ``negative_texts``: likewise of n. Where n is what l shares with all other pictures ("a
+    person"), the pull is towards what sets l apart.
     """
 
     embed: Tensor
