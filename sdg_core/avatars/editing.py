@@ -36,9 +36,9 @@ from .world import Change, Pull, World
 
 DENOISE, DIRECTION, KEEP = 0.8, 600.0, 100.0
 """Of the edit: denoise, and the scales of direction and structure guidance."""
-REGIONS = 3.0
+REGIONS = 8.0
 WITHOUT = 1.0
-MANY = {"text": 2.0, "style": 0.5}
+MANY = {"text": 1.5, "hat": 3.0, "style": 0.15}
 """Parts of the default scales, where several act at once."""
 
 
@@ -132,8 +132,9 @@ def _with_and_without(world: World) -> tuple[Pull, ...]:
 
 def _four_at_once(world: World) -> tuple[Pull, ...]:
     wishes = ({"background": "blue"}, {"glasses": True}, {"hat": True})
-    texts = [Pull("text", prompt(wish), MANY["text"] * world.scales["text"]) for wish in wishes]
-    reference = find_render(world, style="flat", background="blue")  # its palette is not against the texts
+    parts = [MANY["hat" if "hat" in wish else "text"] for wish in wishes]
+    texts = [Pull("text", prompt(w), part * world.scales["text"]) for w, part in zip(wishes, parts, strict=True)]
+    reference = find_render(world, style="pixel", background="blue")  # its palette is not against the texts
     return (*texts, Pull("style", reference, MANY["style"] * world.scales["style"]))
 
 
@@ -153,6 +154,6 @@ COMPOSITIONS: dict[
     ),
     "four at once": (
         _four_at_once,
-        functools.partial(_all, wanted={"background": "blue", "glasses": True, "hat": True, "style": "flat"}),
+        functools.partial(_all, wanted={"background": "blue", "glasses": True, "hat": True, "style": "pixel"}),
     ),
 }  # fmt: skip
