@@ -75,7 +75,7 @@ def job(rank: int, processes: int, out: Path, images: int, compiled: bool, bfloa
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=180_000)
+    parser.add_argument("--images", type=int, default=1_300_000)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--bfloat16", action="store_true", help="faster on CPUs that compute in it (avx512_bf16, amx)")
