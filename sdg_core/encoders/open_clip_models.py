@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,7 @@ def load_any(config: Mapping[str, Any], tag_or_file: str) -> CleanCLIP:
     if "architecture" not in config:
         raise ValueError("This noisy CLIP's file does not name its architecture, so no other weights fit it for sure.")
     path = Path(tag_or_file)
-    if path.is_file():
+    if os.path.isfile(path):
         return load_file(config["architecture"], path)
     return download(config["architecture"], tag_or_file)
 

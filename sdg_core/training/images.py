@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -162,7 +163,7 @@ def shard_names(urls: str) -> list[str]:
 
     names = list(webdataset.shardlists.expand_urls(urls))
     missing = [
-        name for name in names if "://" not in name and not name.startswith("pipe:") and not Path(name).is_file()
+        name for name in names if "://" not in name and not name.startswith("pipe:") and not os.path.isfile(name)
     ]
     if missing:
         raise FileNotFoundError(f"There is no shard {missing[0]} ({len(missing)} of {len(names)} are missing).")
@@ -203,7 +204,7 @@ def extensions() -> set[str]:
 
 def find_images(folder: Path) -> list[Path]:
     """All picture files under a folder, sorted. Raises FileNotFoundError or ValueError where there is none."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises for names that are too long
         raise FileNotFoundError(f"There is no folder {folder}. Give a folder of pictures, or WebDataset shards (.tar).")
     known = extensions()
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and p.is_file())
@@ -216,7 +217,7 @@ def find_images(folder: Path) -> list[Path]:
 
 def is_shards(source: str) -> bool:
     """Whether a source of pictures names WebDataset shards and not a folder."""
-    return ".tar" in source and not Path(source).is_dir()
+    return ".tar" in source and not os.path.isdir(source)
 
 
 def held_out(count: int, wanted: int, seed: int) -> tuple[list[int], list[int]]:

@@ -92,6 +92,13 @@ def test_folders_are_searched_to_the_bottom(tmp_path):
     assert [p.name for p in find_images(tmp_path)] == ["x.WEBP", "y.bmp"]
 
 
+def test_a_folder_whose_name_is_too_long_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        find_images(tmp_path / ("n" * 5000))
+    with pytest.raises(FileNotFoundError, match="There is no shard"):
+        shard_names("n" * 5000 + ".tar")
+
+
 def test_held_out_pictures_are_never_trained_on():
     kept, measured = held_out(100, 1000, seed=1)
     assert len(measured) == 20
