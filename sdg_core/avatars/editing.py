@@ -131,7 +131,7 @@ def _with_and_without(world: World) -> tuple[Pull, ...]:
 
 
 def _four_at_once(world: World) -> tuple[Pull, ...]:
-    wishes = ({"background": "blue"}, {"glasses": True}, {"hat": True})
+    wishes: tuple[Mapping[str, object], ...] = ({"background": "blue"}, {"glasses": True}, {"hat": True})
     parts = [MANY["hat" if "hat" in wish else "text"] for wish in wishes]
     texts = [Pull("text", prompt(w), part * world.scales["text"]) for w, part in zip(wishes, parts, strict=True)]
     reference = find_render(world, style="pixel", background="blue")  # its palette is not against the texts
