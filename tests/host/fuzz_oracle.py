@@ -20,7 +20,7 @@ from pathlib import Path
 PACK = "semantic-diffusion-guidance"
 ANSWER_TIME = 20.0
 """Seconds in which the server must answer a request, whatever runs meanwhile."""
-RUN_TIME, END_TIME = 10.0, 60.0
+RUN_TIME, END_TIME = 10.0, 180.0
 """Seconds that a prompt may run before it is cancelled, and in which it must then end."""
 CURES = re.compile(
     r"\b(Connect|Choose|Set|Write|Use|Load|Put|Start|Take|Install|Lower|Raise|Give|Check|Export|Leave|wanted)\b"
