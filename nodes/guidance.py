@@ -154,8 +154,8 @@ class SDGTextGuidance(io.ComfyNode):
                     "negative",
                     optional=True,
                     default="",
-                    tooltip="What to pull away from, half as strongly. Best: what the text says of every picture, as "
-                    '"a person" or "a photo": then the rest of the text counts for more. Empty is none.',
+                    tooltip="What to pull away from, half as strongly. Best: what all pictures share, such as "
+                    '"a person": the rest of the text then counts more. Empty: none.',
                 ),
             ],
             outputs=[guidance_output()],

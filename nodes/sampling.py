@@ -110,7 +110,7 @@ def noise_inputs() -> list[io.Input]:
             "seed",
             default=0,
             min=0,
-            max=0xFFFFFFFFFFFFFFFE,  # samplers with noise of their own count one further
+            max=0xFFFFFFFFFFFFFFFF,
             control_after_generate=True,
             tooltip="Which noise to start from. The same seed gives the same picture.",
         ),

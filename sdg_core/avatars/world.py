@@ -63,7 +63,7 @@ NOISY_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.9), "style": (0.2, 1.0)}
 NEGATIVE = "a person"
 """What all pictures of the latent models share: texts pull better without it."""
 
-CLEAN_SCALE: dict[Kind, float] = {"text": 6000.0, "content": 600.0, "structure": 600.0, "style": 2000.0}
+CLEAN_SCALE: dict[Kind, float] = {"text": 600.0, "content": 600.0, "structure": 600.0, "style": 2000.0}
 CLEAN_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.95)}
 """Scales and intervals that clean encoders were measured at on the latent models: they pull less, and need longer."""
 
