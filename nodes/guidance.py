@@ -155,7 +155,7 @@ class SDGTextGuidance(io.ComfyNode):
                     optional=True,
                     default="",
                     tooltip="What to pull away from, half as strongly. Best: what all pictures share, such as "
-                    '"a person": the rest of the text then counts more. Empty: none.',
+                    '"a person": the rest of the text counts more then.',
                 ),
             ],
             outputs=[guidance_output()],
