@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import comfy.samplers
 import comfy.sd
 import nodes
@@ -97,6 +100,20 @@ def check_denoise(steps: int, denoise: float) -> None:
             f"Got denoise {denoise} with {steps} steps; ComfyUI would make a schedule of {steps / denoise:.3g} steps. "
             "Set denoise to 0.01 or more, or to 0 to keep the latent."
         )
+
+
+@contextmanager
+def seed_explained(seed: int, sampler_name: str) -> Iterator[None]:
+    """Raises ValueError in words where a sampler of the host counts on from a seed that is the largest there is."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if "Overflow when unpacking" not in str(error):
+            raise
+        raise ValueError(
+            f"Got the seed {seed}; {sampler_name} counts on from it, past 2^64 - 1, the largest that random numbers "
+            "start from. Choose a smaller seed."
+        ) from error
 
 
 def noise_inputs() -> list[io.Input]:
@@ -237,7 +254,7 @@ class SDGGuidedKSampler(io.ComfyNode):
             host.check_dimensions(model, latent_image)
         else:
             model = host.attach(model, host.to_guidance(guidance), to_strength(strength, cap), choice, watch, curve)
-        with host.explained("this sampling run"):
+        with host.explained("this sampling run"), seed_explained(seed, sampler_name):
             (latent,) = nodes.common_ksampler(
                 model,
                 seed,

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,9 @@ from muon import Muon, split
 from torch import Tensor, nn
 
 SAVE_SECONDS = 60.0
+
+Told = dict[str, Tensor]
+"""What a step says for the log: names and numbers."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Plan:
     With ``muon``, its rate, matrices are Muon's and ``lr`` is that of what is left to AdamW; ``vectors`` are names of
     matrices that are left to AdamW too. ``decay``: the last part of the run, in which rates fall to zero.
     ``bfloat16``: the loss and Muon's matrices are computed in it where that is safe (autocast); weights stay float32.
+    ``seconds``: on a card (see card.py), how long it trains instead, where time is short.
     """
 
     out: Path
@@ -38,6 +43,7 @@ class Plan:
     vectors: tuple[str, ...] = ()
     decay: float = 0.35
     bfloat16: bool = False
+    seconds: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -58,19 +64,29 @@ def learning_rate(step: int, plan: Plan, warmup: int = 200) -> float:
 class Optimizers:
     """AdamW, or Muon for matrices and AdamW for the rest."""
 
-    def __init__(self, plan: Plan, model: nn.Module) -> None:
+    def __init__(
+        self, plan: Plan, model: nn.Module, rate: Callable[[float], float | Tensor] = float, **kw: Any
+    ) -> None:
         matrices, rest = split(model, plan.vectors) if plan.muon else ([], [*model.parameters()])
         rest = [p for p in rest if p.requires_grad]
-        adam = torch.optim.AdamW(rest, lr=plan.lr, betas=(0.9, 0.99), weight_decay=plan.weight_decay)
+        adam = torch.optim.AdamW(rest, lr=rate(plan.lr), betas=(0.9, 0.99), weight_decay=plan.weight_decay, **kw)
         dtype = torch.bfloat16 if plan.bfloat16 else torch.float32
-        self.each: list[torch.optim.Optimizer] = [adam, *([Muon(matrices, plan.muon, dtype=dtype)] if matrices else [])]
+        muon = [Muon(matrices, rate(plan.muon), dtype=dtype)] if matrices else []
+        self.each: list[torch.optim.Optimizer] = [adam, *muon]
         self.peaks = [plan.lr, plan.muon]
 
-    def step(self, part: float) -> None:
-        """One step at ``part`` of the peak rates."""
+    def set(self, part: float) -> None:
+        """Rates become ``part`` of their peaks; those that are tensors stay where they are."""
         for optimizer, peak in zip(self.each, self.peaks, strict=False):
             for group in optimizer.param_groups:
-                group["lr"] = peak * part
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(peak * part)
+                else:
+                    group["lr"] = peak * part
+
+    def step(self) -> None:
+        """One step at the rates that are set."""
+        for optimizer in self.each:
             optimizer.step()
 
     def state_dict(self) -> list[dict[str, object]]:
@@ -82,40 +98,46 @@ class Optimizers:
 
 
 def train(
-    plan: Plan, model: nn.Module, loss: Callable[[int, torch.Generator], tuple[Tensor, str]]
+    plan: Plan, model: nn.Module, loss: Callable[[int, torch.Generator], tuple[Tensor, Told]]
 ) -> dict[str, Tensor]:
     """Runs or resumes a training and returns the EMA weights.
 
-    ``loss(step, generator)`` gives this process's mean loss and a text for the log; the generator is seeded by seed,
+    ``loss(step, generator)`` gives this process's mean loss and numbers for the log; the generator is seeded by seed,
     step and rank, so that a resumed run draws what an uninterrupted one draws. Gradients are averaged over processes.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = Optimizers(plan, model)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     first = _resume(plan, model, optimizers, average)
-    started, told, log = time.time(), time.time(), 0.0
+    started, saved, log = time.time(), time.time(), 0.0
     for step in range(first, plan.steps):
         generator = torch.Generator().manual_seed((plan.seed * 1_000_003 + step) * 64 + plan.rank)
         with torch.autocast("cpu", torch.bfloat16, enabled=plan.bfloat16):
-            value, text = loss(step, generator)
+            value, told = loss(step, generator)
         model.zero_grad(set_to_none=True)
         value.backward()
         if plan.processes > 1:
             _average_gradients(parameters, plan.processes)
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizers.step(learning_rate(step, plan))
+        optimizers.set(learning_rate(step, plan))
+        optimizers.step()
         _follow(average, model, min(plan.ema, (1 + step) / (10 + step)))
         log = value.item() if step == first else 0.98 * log + 0.02 * value.item()
-        if plan.rank == 0 and (time.time() - told > SAVE_SECONDS or step == plan.steps - 1):
-            told = time.time()
-            speed = (step + 1 - first) * plan.batch / (told - started)
+        if plan.rank == 0 and (time.time() - saved > SAVE_SECONDS or step == plan.steps - 1):
+            saved = time.time()
+            speed = (step + 1 - first) * plan.batch / (saved - started)
             left = (plan.steps - step - 1) * plan.batch / speed / 60
             print(
-                f"step {step + 1}/{plan.steps} loss {log:.4f} {text} {speed:.0f} images/s {left:.0f} min left",
+                f"step {step + 1}/{plan.steps} loss {log:.4f} {words(told)} {speed:.0f} images/s {left:.0f} min left",
                 flush=True,
             )
             _save(plan, step + 1, model, optimizers, average)
     return average
+
+
+def words(told: Told) -> str:
+    """The numbers of a step, for the log."""
+    return " ".join(f"{name} {float(value):.4f}" for name, value in told.items())
 
 
 def _follow(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:

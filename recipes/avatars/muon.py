@@ -7,6 +7,7 @@ weights and always works in bfloat16, which many CPUs emulate. Everything that i
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,13 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonal(g: Tensor, iterations: int = 5) -> Tensor:
-    """The nearest half-orthogonal matrix to ``g`` (M, N), roughly: Newton-Schulz in its dtype."""
-    wide = g if g.shape[0] <= g.shape[1] else g.T
-    x, (a, b, c) = wide / (wide.norm() + 1e-7), QUINTIC
+    """The nearest half-orthogonal matrices to ``g`` (..., M, N), roughly: Newton-Schulz in its dtype."""
+    wide = g if g.shape[-2] <= g.shape[-1] else g.mT
+    x, (a, b, c) = wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7), QUINTIC
     for _ in range(iterations):
-        xx = x @ x.T
-        x = torch.addmm(x, torch.addmm(xx, xx, xx, beta=b, alpha=c), x, beta=a)
-    return x if wide is g else x.T
+        xx = x @ x.mT
+        x = a * x + (b * xx + c * (xx @ xx)) @ x
+    return x if wide is g else x.mT
 
 
 class Muon(torch.optim.Optimizer):
@@ -42,19 +43,25 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            alike: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                state["momentum"].mul_(group["momentum"]).add_(p.grad)
-                g = p.grad.add(state["momentum"], alpha=group["momentum"]).flatten(1)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(
-                    orthogonal(g.to(self.dtype)).view_as(p),
-                    alpha=-group["lr"] * max(1.0, g.shape[0] / g.shape[1]) ** 0.5,
-                )
+                if p.grad is not None:
+                    alike.setdefault(p.shape, []).append(p)
+            for some in alike.values():
+                self._step(some, group)
+
+    def _step(self, some: list[Tensor], group: dict[str, Any]) -> None:
+        """One step of matrices of one shape, together."""
+        for p in some:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        momenta, grads = [self.state[p]["momentum"] for p in some], [p.grad for p in some]
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_add_(momenta, grads)
+        g = torch.stack(torch._foreach_add(grads, momenta, alpha=group["momentum"])).flatten(2)
+        step = orthogonal(g.to(self.dtype)) * (-group["lr"] * max(1.0, g.shape[1] / g.shape[2]) ** 0.5)
+        torch._foreach_mul_(some, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(some, [part.view_as(p) for part, p in zip(step.to(g.dtype), some, strict=True)])
 
 
 def split(model: nn.Module, keep: Iterable[str] = ()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

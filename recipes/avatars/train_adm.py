@@ -16,7 +16,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from data import load
-from loop import Plan, spawn, train
+from loop import Plan, Told, spawn, train
 
 from sdg_core.method import TimestepTable
 from sdg_core.models import ADMConfig, ADMUNet
@@ -34,32 +34,36 @@ CONFIG = ADMConfig(
     beta_schedule="linear",
 )
 VARIANCE_WEIGHT = 0.01  # of the variational term that trains the learned sigma (Nichol and Dhariwal 2021, eq. 16)
+LEVELS = 4096  # of noise, their angles spread evenly: every octave of little noise counts
 STRIDE = 25  # its steps span 1..STRIDE timesteps, so that the learned sigma also fits respaced sampling
 
 
 class Loss:
-    """v-prediction with a truncated SNR weight, plus the variational bound for the variance channels."""
+    """Squared error of v, angles spread evenly over each batch, plus the variational bound of the variance channels."""
 
     def __init__(self, model: ADMUNet, images: Tensor, share: int) -> None:
         self.model, self.images, self.share = model, images, share
-        self.abar = TimestepTable.from_name("linear").abar.float()
+        table = TimestepTable.from_name("linear")
+        angles = torch.pi / 2 * (torch.arange(LEVELS) + 0.5) / LEVELS
+        self.levels = table.timestep(angles.tan()).round().long().to(images.device)
+        self.abar = table.abar.float().to(images.device)
 
-    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, str]:
-        index = torch.randint(len(self.images), (self.share,), generator=generator)
+    def __call__(self, step: int, generator: torch.Generator | None) -> tuple[Tensor, Told]:
+        device = self.images.device
+        index = torch.randint(len(self.images), (self.share,), generator=generator, device=device)
         x_0 = self.images[index].float() / 127.5 - 1
-        offset = torch.rand(1, generator=generator)
-        t = (((torch.arange(self.share) + offset) / self.share) * 1000).long().clamp(max=999)
-        eps = torch.randn(x_0.shape, generator=generator)
+        offset = torch.rand(1, generator=generator, device=device)
+        u = (torch.arange(self.share, device=device) + offset) / self.share
+        t = self.levels[(u * LEVELS).long().clamp(max=LEVELS - 1)]
+        eps = torch.randn(x_0.shape, generator=generator, device=device)
         abar = self.abar[t].view(-1, 1, 1, 1)
         x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
         v, fraction = self.model(x_t, t).chunk(2, dim=1)
-        snr = abar / (1 - abar)
-        weight = (5 / (snr + 1)).clamp(max=1)
-        error = (weight * (v - (abar.sqrt() * eps - (1 - abar).sqrt() * x_0)).square()).mean()
+        error = (v.float() - (abar.sqrt() * eps - (1 - abar).sqrt() * x_0)).square().mean()
         denoised = (abar.sqrt() * x_t - (1 - abar).sqrt() * v).detach()
-        stride = torch.randint(1, STRIDE + 1, (self.share,), generator=generator)
-        bound = self.variance_bound(x_0, denoised, fraction, t, stride)
-        return error + VARIANCE_WEIGHT * bound, f"v {error.item():.4f} bound {bound.item():.4f}"
+        stride = torch.randint(1, STRIDE + 1, (self.share,), generator=generator, device=device)
+        bound = self.variance_bound(x_0, denoised, fraction.float(), t, stride)
+        return error + VARIANCE_WEIGHT * bound, {"v": error, "bound": bound}
 
     def variance_bound(self, x_0: Tensor, denoised: Tensor, fraction: Tensor, t: Tensor, stride: Tensor) -> Tensor:
         """KL(q(x_{t-k} | x_t, x_0) || p) in nats per element for strides k, its mean detached; t = 0 counts as 1."""

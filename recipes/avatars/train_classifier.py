@@ -24,7 +24,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from data import LABELS
-from loop import Plan, spawn, train
+from loop import Plan, Told, spawn, train
 from train_world_noisy_clip import SIDE, seen, view_of
 from world_data import STYLE_WORDS, load, phrases
 
@@ -60,7 +60,7 @@ class Loss:
         self.classifier, self.view, self.latents, self.labels = classifier, view, latents, labels
         self.batch = batch
 
-    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, str]:
+    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, Told]:
         index = torch.randint(len(self.latents), (self.batch,), generator=generator)
         latents = torch.from_numpy(self.latents[index.numpy()].astype(np.float32))
         ratio = (torch.rand(self.batch, generator=generator) * torch.pi / 2).tan().clamp(1e-3, 150)
@@ -69,7 +69,7 @@ class Loss:
         shown = self.labels[index]
         column = torch.multinomial((shown >= 0).float(), 1, generator=generator)
         wanted = (shown.gather(1, column) + torch.from_numpy(FIRST)[column]).squeeze(1)
-        return F.cross_entropy(self.classifier.logits(x_t, self.classifier.table.timestep(ratio)), wanted), ""
+        return F.cross_entropy(self.classifier.logits(x_t, self.classifier.table.timestep(ratio)), wanted), {}
 
 
 @torch.no_grad()

@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from data import LABELS, STYLE_WORDS, caption, load, phrase
-from loop import Plan, spawn, train
+from loop import Plan, Told, spawn, train
 from open_clip.model import CLIP
 from torch import Tensor
+
+from sdg_core.method import Placed
 
 CONFIG = {
     "embed_dim": 128,
@@ -24,7 +30,7 @@ CONFIG = {
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 2},
 }
 NOISE_SIZE = 32  # the size of the pictures, enlarged to the tower's 64
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MEAN, STD = Placed((0.48145466, 0.4578275, 0.40821073)), Placed((0.26862954, 0.26130258, 0.27577711))
 
 
 def vocabulary(labels: np.ndarray) -> Tensor:
@@ -55,19 +61,20 @@ def token_table(used: Tensor) -> Tensor:
 
 def prepare(images: Tensor) -> Tensor:
     """Pictures (B, 3, 32, 32) in -1..1 as the tower wants them: enlarged and normalised."""
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    mean, std = (placed.like(images).view(1, 3, 1, 1) for placed in (MEAN, STD))
     large = F.interpolate(images, CONFIG["vision_cfg"]["image_size"], mode="bilinear", antialias=False)
     return (((large + 1) / 2 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def shifted(images: Tensor, generator: torch.Generator, reach: int = 2) -> Tensor:
+def shifted(images: Tensor, generator: torch.Generator | None, reach: int = 2) -> Tensor:
     """Every picture moved by up to ``reach`` pixels, its border repeated."""
     B, _, H, W = images.shape
-    padded = F.pad(images, (reach,) * 4, mode="replicate")
-    dy, dx = torch.randint(0, 2 * reach + 1, (2, B), generator=generator)
-    rows = (dy[:, None] + torch.arange(H))[:, None, :, None]
-    columns = (dx[:, None] + torch.arange(W))[:, None, None, :]
-    return padded[torch.arange(B)[:, None, None, None], torch.arange(3)[None, :, None, None], rows, columns]
+    padded, device = F.pad(images, (reach,) * 4, mode="replicate"), images.device
+    dy, dx = torch.randint(0, 2 * reach + 1, (2, B), generator=generator, device=device)
+    rows = (dy[:, None] + torch.arange(H, device=device))[:, None, :, None]
+    columns = (dx[:, None] + torch.arange(W, device=device))[:, None, None, :]
+    sample, channel = torch.arange(B, device=device), torch.arange(3, device=device)
+    return padded[sample[:, None, None, None], channel[None, :, None, None], rows, columns]
 
 
 class Loss:
@@ -78,7 +85,7 @@ class Loss:
         self.tokenizer, self.table = tokenizer(), token_table(vocabulary(labels))
         self.loss = open_clip.ClipLoss()
 
-    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, str]:
+    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, Told]:
         index = torch.randint(len(self.images), (self.batch,), generator=generator)
         images = shifted(self.images[index].float() / 127.5 - 1, generator)
         rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
@@ -86,7 +93,7 @@ class Loss:
         image, text, scale = self.model(prepare(images), tokens)
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=4.6052)
-        return self.loss(image, text, scale), f"scale {scale.item():.1f}"
+        return self.loss(image, text, scale), {"scale": scale}
 
 
 @torch.no_grad()

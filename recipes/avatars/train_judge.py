@@ -18,7 +18,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from data import LABELS, load
-from loop import Plan, spawn, train
+from loop import Plan, Told, spawn, train
 from train_clip import shifted
 
 from sdg_core.avatars import Judge
@@ -30,7 +30,7 @@ class Loss:
     def __init__(self, judge: Judge, images: Tensor, labels: Tensor, batch: int) -> None:
         self.judge, self.images, self.labels, self.batch = judge, images, labels, batch
 
-    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, str]:
+    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, Told]:
         index = torch.randint(len(self.images), (self.batch,), generator=generator)
         image = shifted(self.images[index].float() / 127.5 - 1, generator)
         amount = torch.rand(2, self.batch, 1, 1, 1, generator=generator)
@@ -40,7 +40,7 @@ class Loss:
         losses = [
             F.cross_entropy(logits[name], self.labels[index, i], ignore_index=-1) for i, name in enumerate(LABELS)
         ]
-        return torch.stack(losses).sum(), ""
+        return torch.stack(losses).sum(), {}
 
 
 @torch.no_grad()

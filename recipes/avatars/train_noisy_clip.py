@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train_clip
 from data import load
-from loop import Plan, spawn, train
+from loop import Plan, Told, spawn, train
 from train_clip import shifted
 
 from sdg_core.encoders import NoisyCLIP, NoisyCLIPConfig, noisy
@@ -67,7 +67,7 @@ class Loss:
         self.phase = phase
         self.info_nce = open_clip.ClipLoss()
 
-    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, str]:
+    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, Told]:
         index = torch.randint(len(self.images), (self.batch,), generator=generator)
         x_0 = shifted(self.images[index].float() / 127.5 - 1, generator)
         t = self.draw_t(torch.rand(self.batch, generator=generator))
@@ -77,8 +77,7 @@ class Loss:
         seen = embed(self.student, x_t, t)
         contrast = self.info_nce(seen, clean, torch.tensor(100.0))
         cosine = (seen * clean).sum(1).mean()
-        text = f"info_nce {contrast.item():.3f} cosine {cosine.item():.3f}"
-        return contrast + self.phase.cosine_weight * (1 - cosine), text
+        return contrast + self.phase.cosine_weight * (1 - cosine), {"info_nce": contrast, "cosine": cosine}
 
     def draw_t(self, u: Tensor) -> Tensor:
         """t (B,) from uniform numbers (B,)."""

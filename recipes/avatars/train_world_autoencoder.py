@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from loop import Plan, spawn, train
+from loop import Plan, Told, spawn, train
 from world_data import load
 
 from sdg_core.files import load as load_file
@@ -58,7 +58,7 @@ class Loss:
     def __init__(self, model: nn.ModuleDict, pictures: np.ndarray, share: int) -> None:
         self.model, self.pictures, self.share = model, pictures, share
 
-    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, str]:
+    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, Told]:
         x = self.crops(generator)
         autoencoder: TinyAutoencoder = self.model["autoencoder"]
         z = autoencoder.encoder(x)
@@ -69,7 +69,7 @@ class Loss:
         squared = error.square().mean()
         loss = error.abs().mean() + SQUARED * squared + EDGES * edges + LINEAR * linear + PENALTY * z.square().mean()
         psnr = -10 * squared.detach().log10()
-        return loss, f"psnr {psnr:.2f} linear {linear.item():.3f} rms {z.square().mean().sqrt().item():.2f}"
+        return loss, {"psnr": psnr, "linear": linear, "rms": z.square().mean().sqrt()}
 
     def crops(self, generator: torch.Generator) -> Tensor:
         """Random crops (B, 3, 64, 64) in 0..1, at every place that keeps whole latent pixels; half of them mirrored."""

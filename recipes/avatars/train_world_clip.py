@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from data import LABELS
-from loop import Plan, spawn, train
+from loop import Plan, Told, spawn, train
 from open_clip.model import CLIP
 from torch import Tensor, nn
 from train_clip import CONFIG, build, prepare, shifted, token_table, tokenizer
@@ -31,6 +32,7 @@ PHASES = (
     ("world_clip_probe", 110_000, 0.015, 1.0, 1.0),
 )
 """Where each is kept, images seen, Muon's rate, weights of the phrases and of the probe."""
+CAPTIONS, PHRASES = 16, 256  # captions of a picture, and ways to say every value, to draw from
 SMALL = ("expression",)  # counts four times in phrases and probe
 VECTORS = ("embedding", "positional", "logit_scale", "probe")  # names of matrices that are not Muon's
 
@@ -56,38 +58,66 @@ class Loss:
     """Symmetric InfoNCE between pictures and random captions of them (open_clip's ClipLoss), and the phrases'."""
 
     def __init__(
-        self, model: nn.ModuleDict, images: Tensor, labels: np.ndarray, batch: int, weights: tuple[float, float]
+        self,
+        model: nn.ModuleDict,
+        images: Tensor,
+        said: tuple[Tensor, Tensor, Tensor],
+        batch: int,
+        weights: tuple[float, float],
     ) -> None:
-        self.model, self.probe, self.images, self.labels = model["clip"], model["probe"], images, labels
-        self.batch, self.weights, self.targets = batch, weights, torch.from_numpy(labels).long()
-        self.tokenizer, self.table = tokenizer(), token_table(vocabulary(labels))
+        self.model, self.probe, self.images = model["clip"], model["probe"], images
+        self.batch, self.weights = batch, weights
+        self.targets, self.captions, self.phrases = (rows.to(images.device) for rows in said)
         self.loss = open_clip.ClipLoss()
 
-    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, str]:
-        index = torch.randint(len(self.images), (self.batch,), generator=generator)
+    def __call__(self, step: int, generator: torch.Generator | None) -> tuple[Tensor, Told]:
+        draw = {"generator": generator, "device": self.images.device}
+        index = torch.randint(len(self.images), (self.batch,), **draw)
         images = shifted(self.images[index].float() / 127.5 - 1, generator, reach=4)
-        rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
-        tokens = self.table[self.tokenizer([caption(self.labels[i], rng) for i in index.tolist()])]
-        image, text, scale = self.model(prepare(images), tokens)
+        which = torch.randint(self.captions.shape[1], (self.batch,), **draw)
+        image, text, scale = self.model(prepare(images), self.captions[index, which].long())
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=4.6052)
-        captions, targets, (phrase, probe) = self.loss(image, text, scale), self.targets[index], self.weights
+        with torch.autocast(images.device.type, enabled=False):  # logits of 100 times a cosine need their digits
+            captions = self.loss(image.float(), text.float(), scale.float())
+        targets, (phrase, probe) = self.targets[index].long(), self.weights
         parts = {"captions": captions}
         if phrase:
-            parts["phrases"] = phrase * by_attribute(scale * image @ self.phrases(rng).T, targets)
+            every = self.phrases[torch.randint(len(self.phrases), (1,), **draw)].squeeze(0).long()
+            values = self.model.encode_text(every, normalize=True)
+            parts["phrases"] = phrase * by_attribute(scale * image @ values.T, targets)
         if probe:
             parts["probe"] = probe * by_attribute(self.probe(image), targets)
-        return sum(parts.values()), " ".join(f"{name} {value.item():.3f}" for name, value in parts.items())
+        return sum(parts.values()), parts
 
-    def phrases(self, rng: random.Random) -> Tensor:
-        """Embeddings of every value of every attribute, each said once."""
-        head = rng.choice(("a person with {}", "{}"))
-        said = [
-            rng.choice(phrases(name, value)) if name == "style" else head.format(rng.choice(phrases(name, value)))
-            for name, values in LABELS.items()
-            for value in values
-        ]
-        return self.model.encode_text(self.table[self.tokenizer(said)], normalize=True)
+
+def every_value(rng: random.Random) -> list[str]:
+    """Every value of every attribute, each said once."""
+    head = rng.choice(("a person with {}", "{}"))
+    return [
+        rng.choice(phrases(name, value)) if name == "style" else head.format(rng.choice(phrases(name, value)))
+        for name, values in LABELS.items()
+        for value in values
+    ]
+
+
+def _captions(labels: np.ndarray, seed: int) -> Tensor:
+    """Tokens (N, CAPTIONS, L) of random captions."""
+    rng, tokens = random.Random(seed), tokenizer()
+    return tokens([caption(row, rng) for row in labels for _ in range(CAPTIONS)]).view(len(labels), CAPTIONS, -1)
+
+
+def said_of(labels: np.ndarray, processes: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """What is said of pictures: labels (N, A) int8, captions (N, CAPTIONS, L) and PHRASES times every value (P, V, L).
+
+    Tokens are rows of the small table, uint8.
+    """
+    table, rng, read = token_table(vocabulary(labels)).to(torch.uint8), random.Random(0), tokenizer()
+    parts = np.array_split(labels, max(1, len(labels) // 2000))
+    with ProcessPoolExecutor(processes) as pool:
+        captions = torch.cat([table[part] for part in pool.map(_captions, parts, range(len(parts)))])
+    values = torch.stack([table[read(every_value(rng))] for _ in range(PHRASES)])
+    return torch.from_numpy(labels), captions, values
 
 
 def by_attribute(logits: Tensor, targets: Tensor) -> Tensor:
@@ -119,18 +149,23 @@ def zero_shot(model: CLIP, images: Tensor, labels: np.ndarray, table: Tensor) ->
     return result
 
 
+def with_probe(clip: CLIP) -> nn.ModuleDict:
+    """The CLIP, and a linear probe of its embedding for every value of every attribute."""
+    values = sum(len(v) for v in LABELS.values())
+    return nn.ModuleDict({"clip": clip, "probe": nn.Sequential(Scaled(16.0), nn.Linear(CONFIG["embed_dim"], values))})
+
+
 def job(rank: int, processes: int, data: Path, out: Path) -> None:
     torch.manual_seed(12)
     pictures, labels = load(data, "train", 64)
     used = vocabulary(labels)
     model, images = build(len(used)), in_memory(pictures)
-    values = sum(len(v) for v in LABELS.values())
-    both = nn.ModuleDict({"clip": model, "probe": nn.Sequential(Scaled(16.0), nn.Linear(CONFIG["embed_dim"], values))})
+    both, said = with_probe(model), said_of(labels)
     for name, count, muon, *weights in PHASES:
         plan = Plan(
             out / f"{name}.pt", count, batch=128, lr=muon / 20, seed=12, weight_decay=0.05, muon=muon, vectors=VECTORS
         )
-        both.load_state_dict(train(plan, both, Loss(both, images, labels, plan.share, tuple(weights))))
+        both.load_state_dict(train(plan, both, Loss(both, images, said, plan.share, tuple(weights))))
     torch.save({"ema": model.state_dict()}, out / "world_clip.pt")
     held_out, truth = load(data, "test", 64)
     print(zero_shot(model, in_memory(held_out), truth, token_table(used)), flush=True)

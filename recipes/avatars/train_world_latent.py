@@ -21,7 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from loop import Plan, spawn, train
+from loop import Plan, Told, spawn, train
 
 from sdg_core.models import ADMConfig, ADMUNet
 
@@ -45,19 +45,20 @@ VECTORS = ("time_embed.0", "input_blocks.0.0", "out.2")  # names of matrices tha
 class Loss:
     """Mean squared error of v."""
 
-    def __init__(self, model: torch.nn.Module, latents: np.ndarray, share: int) -> None:
+    def __init__(self, model: torch.nn.Module, latents: Tensor, share: int) -> None:
         self.model, self.latents, self.share = model, latents, share
 
-    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, str]:
-        index = torch.randint(len(self.latents), (self.share,), generator=generator).numpy()
-        x_0 = torch.from_numpy(self.latents[index].astype(np.float32))
-        eps = torch.randn(x_0.shape, generator=generator)
-        u = (torch.arange(self.share) + torch.rand(1, generator=generator)) / self.share
+    def __call__(self, step: int, generator: torch.Generator | None) -> tuple[Tensor, Told]:
+        device = self.latents.device
+        x_0 = self.latents[torch.randint(len(self.latents), (self.share,), generator=generator, device=device)].float()
+        eps = torch.randn(x_0.shape, generator=generator, device=device)
+        offset = torch.rand(1, generator=generator, device=device)
+        u = (torch.arange(self.share, device=device) + offset) / self.share
         angle = (u * math.pi / 2).view(-1, 1, 1, 1)
         x, v = angle.cos() * x_0 + angle.sin() * eps, angle.cos() * eps - angle.sin() * x_0
         error = (self.model(x, 1000 * u) - v).square().mean(dim=(1, 2, 3))
-        low, high = (part.mean().item() for part in error.detach().chunk(2))
-        return error.mean(), f"low noise {low:.4f} high {high:.4f}"
+        low, high = (part.mean() for part in error.detach().chunk(2))
+        return error.mean(), {"low noise": low, "high": high}
 
 
 def job(rank: int, processes: int, out: Path, images: int, compiled: bool, bfloat16: bool) -> None:
@@ -68,7 +69,7 @@ def job(rank: int, processes: int, out: Path, images: int, compiled: bool, bfloa
     )  # fmt: skip
     torch.manual_seed(plan.seed)
     model = ADMUNet(CONFIG)
-    latents = np.load(out / "world_latents_train.npy", mmap_mode="r")
+    latents = torch.from_numpy(np.load(out / "world_latents_train.npy", mmap_mode="c"))
     train(plan, model, Loss(torch.compile(model) if compiled else model, latents, plan.share))
 
 

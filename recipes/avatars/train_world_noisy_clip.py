@@ -27,7 +27,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train_clip
-from loop import Plan, spawn, train
+from loop import Plan, Told, spawn, train
 from train_world_clip import VECTORS, vocabulary
 from world_data import load
 
@@ -35,6 +35,7 @@ from sdg_core.encoders import NoisyCLIP, NoisyCLIPConfig
 from sdg_core.method import PIXEL_VIEW, LinearView, View, expand, unit
 
 SIDE, NAME, COSINE_WEIGHT = 32, "avatars", 30.0
+LEVELS = 4096  # of noise, their angles spread evenly
 MEASURED = (0, 20, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
 SEEDS = {"latents": 17, "pixels": 3}
 
@@ -81,7 +82,8 @@ class Pictures:
     def clean(self, index: Tensor, exact: Tensor) -> Tensor:
         """Pictures without noise: the view's where ``exact`` (B, 1, 1, 1), else those averaged to its size."""
         latents = self.latents[index].float()
-        return torch.where(exact, self.view.picture(latents, torch.ones(len(index))), self.small[index].float())
+        signal = torch.ones(len(index), device=latents.device)
+        return torch.where(exact, self.view.picture(latents, signal), self.small[index].float())
 
 
 class Loss:
@@ -89,21 +91,25 @@ class Loss:
 
     def __init__(self, model: NoisyCLIP, pictures: Pictures, clean: Tensor, share: int) -> None:
         self.model, self.pictures, self.clean, self.share = model, pictures, clean, share
-        self.info_nce = open_clip.ClipLoss()
+        self.info_nce, self.scale = open_clip.ClipLoss(), torch.tensor(100.0)
+        ratio = (torch.pi / 2 * (torch.arange(LEVELS) + 0.5) / LEVELS).tan().clamp(1e-3, 150)
+        self.levels = torch.stack([ratio, model.table.timestep(ratio)]).to(clean.device)
 
-    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, str]:
-        index = torch.randint(len(self.clean), (self.share,), generator=generator)
-        exact = torch.rand(self.share, 1, 1, 1, generator=generator) < 0.5
+    def __call__(self, step: int, generator: torch.Generator | None) -> tuple[Tensor, Told]:
+        device = self.clean.device
+        index = torch.randint(len(self.clean), (self.share,), generator=generator, device=device)
+        exact = torch.rand(self.share, 1, 1, 1, generator=generator, device=device) < 0.5
         x_0 = self.pictures.clean(index, exact)
-        angle = torch.rand(self.share, generator=generator) * torch.pi / 2
-        ratio = angle.tan().clamp(1e-3, 150)
-        eps = torch.randn(self.pictures.latents[index].shape, generator=generator)
+        level = torch.randint(LEVELS, (self.share,), generator=generator, device=device)
+        ratio, t = self.levels[:, level]
+        eps = torch.randn(self.pictures.latents[index].shape, generator=generator, device=device)
         u = seen(self.pictures.view, x_0, eps, ratio).contiguous(memory_format=torch.channels_last)
-        embed = unit(self.model(u, self.model.table.timestep(ratio), self.model.full_depth).embed)
+        embed = unit(self.model(u, t, self.model.full_depth).embed)
         clean = self.clean[index]
-        contrast = self.info_nce(embed, clean, torch.tensor(100.0))
+        with torch.autocast(device.type, enabled=False):  # logits of 100 times a cosine need their digits
+            contrast = self.info_nce(embed.float(), clean, self.scale)
         cosine = (embed * clean).sum(1).mean()
-        return contrast + COSINE_WEIGHT * (1 - cosine), f"info_nce {contrast.item():.3f} cosine {cosine.item():.3f}"
+        return contrast + COSINE_WEIGHT * (1 - cosine), {"info_nce": contrast, "cosine": cosine}
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ x is in VE scaling: x = x_0 + sigma eps.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -90,9 +90,10 @@ class Peer:
         return grad
 
     def _score(self, picture: Tensor) -> Tensor:
-        target, t = self.text.target(lambda image, depth: self.clip(image, t, self.clip.full_depth)), torch.zeros(1)
+        text, t = replace(self.text, embed=self.text.embed.to(picture.device)), torch.zeros(1)
+        target = text.target(lambda image, depth: self.clip(image, t, self.clip.full_depth))
         if self.method != "through_unet":
-            return self.text.score(self.clip(picture, t, self.clip.full_depth), target)
+            return text.score(self.clip(picture, t, self.clip.full_depth), target)
         crops = CUTOUTS.crops((picture.shape[-2], picture.shape[-1]), torch.Generator().manual_seed(0))
-        scores = [self.text.score(self.clip(crop(picture), t, self.clip.full_depth), target) for crop in crops]
+        scores = [text.score(self.clip(crop(picture), t, self.clip.full_depth), target) for crop in crops]
         return torch.stack(scores).mean(dim=0)

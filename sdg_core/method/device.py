@@ -84,7 +84,14 @@ def version_of(module: object) -> int:
     """Counts up with every in-place change of a module's parameters (not those behind ``.data``, nor in inference
     mode): what was computed with them may be kept as long as it stays."""
     parameters = module.parameters() if isinstance(module, nn.Module) else ()
-    return sum(parameter._version for parameter in parameters if not parameter.is_inference())
+    return sum(map(_version, parameters))
+
+
+def _version(parameter: Tensor) -> int:
+    try:
+        return parameter._version
+    except RuntimeError:  # made in inference mode, and that stays so where its data became normal: nothing counts there
+        return 0
 
 
 class Early:

@@ -64,6 +64,15 @@ def test_peers_shift_as_their_papers_say(method, peer, step):
     torch.testing.assert_close(shift, wanted, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "freedom"])
+def test_a_peer_scores_where_its_picture_is(method, peer):
+    """The text's embedding lies on the CPU; on the meta device nothing mixes with it."""
+    made = peer(method)
+    made.clip.to("meta")
+    score = made._score(torch.zeros(2, 3, 8, 8, device="meta"))
+    assert (score.device.type, score.shape) == ("meta", (2,))
+
+
 def test_tasks_take_turns_and_medians_count(monkeypatch):
     now, order = [0.0], []
     monkeypatch.setattr(rows.time, "perf_counter", lambda: now[0])

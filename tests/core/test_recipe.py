@@ -58,11 +58,11 @@ def trained(folder: Path, steps: int, stop: int | None = None, muon: float = 0.0
     class Stopped(Exception):
         pass
 
-    def loss(step: int, generator: torch.Generator) -> tuple[Tensor, str]:
+    def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         if step == stop:
             raise Stopped
         x = torch.randn(4, 4, generator=generator).double()
-        return (model(x) - x[:, :2]).square().mean(), ""
+        return (model(x) - x[:, :2]).square().mean(), {}
 
     try:
         return train(plan, model, loss)

@@ -31,6 +31,7 @@ from sdg_core.method import (
     combine,
     guide,
 )
+from sdg_core.method.device import version_of
 from sdg_core.method.targets import TargetCache, bytes_of, cache_of, content
 
 NONE = Strength(cap=None)
@@ -118,6 +119,21 @@ def test_what_a_target_depends_on_is_in_its_key(change, tiny_encoder, draw, step
     got, wanted = (guide(denoised, x_t, sigma, make_run(replace(term, encoder=e))) for e in (encoder, fresh))
     assert torch.equal(got, wanted)
     assert not torch.equal(got, denoised)
+
+
+def test_a_version_counts_changes_also_of_weights_from_inference_mode():
+    """Made there and turned normal later, as by a move to a card, they pass for normal and yet count nothing."""
+    layer = torch.nn.Linear(2, 2, bias=False)
+    before = version_of(layer)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    assert version_of(layer) > before
+    with torch.inference_mode():
+        made = torch.nn.Linear(2, 2).requires_grad_(False)
+    assert version_of(made) == 0
+    made.double()
+    assert not made.weight.is_inference()
+    assert version_of(made) == 0
 
 
 def test_the_cache_keeps_to_its_limit_and_forgets_what_was_used_least():

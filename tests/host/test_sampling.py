@@ -128,6 +128,15 @@ def test_same_seed_gives_the_same_bits(sample, adm, four_kinds, run):
     assert not torch.equal(sample(adm, guidance, seed=8), first)
 
 
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "ddpm"])
+def test_a_seed_past_which_a_sampler_cannot_count_is_refused_in_words(sample, adm, sampler):
+    last = 2**64 - 1
+    assert torch.isfinite(sample(adm, seed=last, batch=1)).all()
+    with pytest.raises(ValueError, match=rf"Got the seed {last}; {sampler} counts on from it.*Choose a smaller seed"):
+        sample(adm, seed=last, batch=1, sampler_name=sampler)
+    assert torch.isfinite(sample(adm, seed=last - 1, batch=1, sampler_name=sampler)).all()
+
+
 def test_order_of_combined_guidances_does_not_matter(sample, exact_adm, exact_kinds, run, assert_equal_runs):
     forward, backward = combined(run, exact_kinds), combined(run, exact_kinds[::-1])
     assert_equal_runs(sample(exact_adm, forward), sample(exact_adm, backward))
