@@ -88,7 +88,7 @@ def train_on_card(
     done, part = 0, 0.0
     while part < 1:
         at = round(part * plan.steps) if plan.seconds else done
-        step.optimizers.set(min(1.0, (done + 1) / 200) * learning_rate(at, plan, warmup=1))
+        step.optimizers.set(min((done + 1) / 200, learning_rate(at, plan, warmup=1)))
         step()
         done += 1
         if step.device.type == "cuda":

@@ -145,6 +145,17 @@ def retrieval(
     return rows
 
 
+def measured(model: NoisyCLIP, world: str, data: Path, out: Path) -> list[tuple[float, float, float]]:
+    """The retrieval of 1,000 held-out renders, printed and returned: see ``retrieval``."""
+    clip = trained_clip(out, len(vocabulary(load(data, "train", 64)[1])))
+    clean, small = prepared(clip, data, "test")
+    pictures = Pictures(view_of(out, world), latents_of(out, world, "test"), small)
+    rows = retrieval(model.eval(), clip, pictures, clean[:1000])
+    for t, noisy, plain in rows:
+        print(f"t {t:.0f} noisy @1 {noisy:.3f} clean @1 {plain:.3f}", flush=True)
+    return rows
+
+
 def job(rank: int, processes: int, world: str, data: Path, out: Path, images: int) -> None:
     torch.manual_seed(SEEDS[world])
     words, view = len(vocabulary(load(data, "train", 64)[1])), view_of(out, world)
@@ -157,11 +168,7 @@ def job(rank: int, processes: int, world: str, data: Path, out: Path, images: in
     clean, small = prepared(clip, data, "train")
     pictures = Pictures(view, latents_of(out, world, "train"), small)
     model.load_state_dict(train(plan, model, Loss(model, pictures, clean, plan.share)))
-    clean, small = prepared(clip, data, "test")
-    rows = retrieval(model, clip, Pictures(view, latents_of(out, world, "test"), small), clean[:1000])
-    torch.save(rows, out / f"noisy_clip_{world}_retrieval.pt")
-    for t, noisy, plain in rows:
-        print(f"t {t:.0f} noisy @1 {noisy:.3f} clean @1 {plain:.3f}", flush=True)
+    torch.save(measured(model, world, data, out), out / f"noisy_clip_{world}_retrieval.pt")
 
 
 def latents_of(out: Path, world: str, split: str) -> Tensor | None:

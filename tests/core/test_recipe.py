@@ -105,3 +105,58 @@ def test_every_caption_says_only_what_the_drawing_shows():
         }
         assert named <= shown
         assert named or len(parts) == 1 or "style" in dict(shown)
+
+
+@pytest.fixture
+def made_up_world(tmp_path):
+    """Folders of a few random pictures with labels and latents, as the recipe's scripts leave them."""
+    from data import LABELS
+
+    data, out, rng = tmp_path / "data", tmp_path / "out", np.random.default_rng(0)
+    data.mkdir(), out.mkdir()
+    for split, count in (("train", 24), ("test", 6)):
+        labels = np.stack([rng.integers(len(values), size=count) for values in LABELS.values()], axis=1)
+        np.save(data / f"{split}_labels.npy", labels.astype(np.int8))
+        np.save(data / f"{split}_64.npy", rng.integers(256, size=(count, 64, 64, 3), dtype=np.uint8))
+        np.save(out / f"world_latents_{split}.npy", rng.normal(size=(count, 4, 32, 32)).astype(np.float16))
+    torch.save({"factors": torch.randn(3, 4), "bias": torch.zeros(3)}, out / "world_format.pt")
+    return data, out
+
+
+def test_what_a_card_trains_runs_on_a_cpu_and_goes_on_where_it_stopped(made_up_world, capsys):
+    import train_world_on_card as script
+
+    data, out = made_up_world
+    script.Card(data, out, "cpu", images=2).run()
+    told = capsys.readouterr().out
+    for name in script.IMAGES:
+        average = torch.load(out / f"{name}.pt", weights_only=True)["ema"]
+        assert all(torch.isfinite(value).all() for value in average.values() if value.is_floating_point())
+        assert f"{name} 1.000 step 1 loss" in told
+    assert (out / "noisy_clip_latents_retrieval.pt").exists()
+    (out / "adm.pt").unlink()
+    script.Card(data, out, "cpu", images=2).run()
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["adm"]
+
+
+def test_a_step_on_a_card_is_the_cpus(tmp_path):
+    """The same rates, gradients and averages as ``loop.train``, but for where random numbers come from."""
+    from card import train_on_card
+    from loop import Plan, train
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)).double()
+    plan = Plan(tmp_path / "small.pt", images=12 * 4, batch=4, lr=0.01, seed=3, muon=0.02, ema=0.0)
+    kept = []
+    for runs in (train, train_on_card):
+        made = model()
+        average = runs(plan, made, lambda step, generator, made=made: ((made(x) - x[:, :2]).square().mean(), {}))
+        kept.append((made, average))
+        plan.out.unlink()
+    (ours, first), (theirs, second) = kept
+    for name, value in ours.state_dict().items():
+        torch.testing.assert_close(theirs.state_dict()[name], value, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(second[name].double(), first[name], rtol=1e-4, atol=1e-6)
