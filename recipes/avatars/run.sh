@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Renders, trains and exports the bundled worlds from nothing: `bash run.sh [work folder]`. Every step resumes.
+# With CARD=1 a CUDA card trains what the 128 px world's pictures and guidance rest on.
 # Needs the project's .venv with the recipe's extra (`pip install resvg-py`), and Node for DiceBear.
 set -eu
 cd "$(dirname "$0")"
@@ -16,9 +17,13 @@ $python export.py --data "$work/data" --out "$work/run"
 [ -f "$work/world/train_labels.npy" ] || $python world_data.py --out "$work/world"
 world="--data $work/world --out $work/run"
 $python train_world_autoencoder.py $world
-$python train_world_clip.py $world
 $python train_world_judge.py $world
-$python train_world_noisy_clip.py latents $world
+if [ -n "${CARD:-}" ]; then
+  $python train_world_on_card.py $world
+else
+  $python train_world_clip.py $world
+  $python train_world_noisy_clip.py latents $world
+  $python train_world_latent.py --out "$work/run" --compile
+fi
 $python train_classifier.py $world
-$python train_world_latent.py --out "$work/run" --compile
 $python export_world.py $world

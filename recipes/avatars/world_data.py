@@ -19,7 +19,7 @@ import torch
 from data import LABELS, draw
 from torch import Tensor
 
-SPLITS = {"test": 8_000, "judge": 20_000, "train": 60_000}
+SPLITS = {"test": 8_000, "judge": 20_000, "train": 90_000}
 SIZE, HATS, PART = 128, 0.5, 500
 STYLE_WORDS = {
     "ink": ("ink drawing", "line drawing", "drawing in ink"),
