@@ -36,9 +36,9 @@ from .world import Change, Pull, World
 
 DENOISE, DIRECTION, KEEP = 0.8, 600.0, 100.0
 """Of the edit: denoise, and the scales of direction and structure guidance."""
-REGIONS = 8.0
+REGIONS = 16.0
 WITHOUT = 1.0
-MANY = {"text": 1.5, "hat": 3.0, "style": 0.15}
+MANY = {"background": 1.5, "glasses": 3.0, "hat": 3.0, "style": 0.1}
 """Parts of the default scales, where several act at once."""
 
 
@@ -132,7 +132,7 @@ def _with_and_without(world: World) -> tuple[Pull, ...]:
 
 def _four_at_once(world: World) -> tuple[Pull, ...]:
     wishes: tuple[Mapping[str, object], ...] = ({"background": "blue"}, {"glasses": True}, {"hat": True})
-    parts = [MANY["hat" if "hat" in wish else "text"] for wish in wishes]
+    parts = [MANY[name] for wish in wishes for name in wish]
     texts = [Pull("text", prompt(w), part * world.scales["text"]) for w, part in zip(wishes, parts, strict=True)]
     reference = find_render(world, style="pixel", background="blue")  # its palette is not against the texts
     return (*texts, Pull("style", reference, MANY["style"] * world.scales["style"]))
