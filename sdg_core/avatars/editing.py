@@ -36,7 +36,7 @@ from .world import Change, Pull, World
 
 DENOISE, DIRECTION, KEEP = 0.8, 600.0, 100.0
 """Of the edit: denoise, and the scales of direction and structure guidance."""
-REGIONS = 16.0
+REGIONS = 8.0
 WITHOUT = 1.0
 MANY = {"background": 1.5, "glasses": 3.0, "hat": 3.0, "style": 0.1}
 """Parts of the default scales, where several act at once."""

@@ -460,7 +460,7 @@ def references_example() -> None:
     several = graph.add(
         "SDGGuidanceReferences", "Guidance References (SDG)", (400, 1600), ["nearest", ""], guidance=content
     )
-    target = graph.add("SDGGuidanceTarget", "Guidance Target (SDG)", (400, 1780), [0.8], guidance=several)
+    target = graph.add("SDGGuidanceTarget", "Guidance Target (SDG)", (400, 1780), [0.6], guidance=several)
     budget = graph.add("SDGGuidanceBudget", "Guidance Budget (SDG)", (400, 1930), [50.0], guidance=target)
     graph.group("3. Both at once", -20, 1520, 380, 440)
     result(graph, m, 1600, budget, 0, "references", "4. Each follows the one it fits best")
