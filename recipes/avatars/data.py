@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import io
 import json
-import random
 import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -30,18 +29,6 @@ LABELS = {
     "beard": (False, True),
     "hat": (False, True),
 }
-STYLE_WORDS = {
-    "ink": "ink drawing",
-    "pixel": "pixel art",
-    "sketch": "sketch",
-    "blob": "blob",
-    "flat": "flat cartoon",
-    "grin": "grinning cartoon",
-    "toon": "toon",
-    "icon": "icon",
-}
-
-
 HATS = 0.35
 
 
@@ -95,40 +82,6 @@ def load(out: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, size, size, 3) uint8 and labels (N, 8) int8 of a rendered split."""
     with np.load(out / f"{split}.npz") as file:
         return file["images"], file["labels"]
-
-
-def caption(labels: np.ndarray, rng: random.Random, keep: float = 0.5) -> str:
-    """One random caption of an avatar: a subset of its attributes in random order.
-
-    Attributes drop out, so that a prompt with one attribute alone is in distribution.
-    """
-    row = {name: values[v] for (name, values), v in zip(LABELS.items(), labels, strict=True) if v >= 0}
-    said = [name for name in row if rng.random() < keep]
-    for name in ("glasses", "beard", "hat"):
-        if name in said and not row[name] and rng.random() < 0.7:
-            said.remove(name)
-    if not said:
-        said = [rng.choice([n for n in row if n not in ("glasses", "beard", "hat") or row[n]])]
-    head = rng.choice(("a picture of", "an avatar,", "")) if "style" not in said else ""
-    subject = STYLE_WORDS[row["style"]] if "style" in said else rng.choice(("a person", "someone", "a face"))
-    parts = [phrase(name, row[name]) for name in said if name != "style"]
-    rng.shuffle(parts)
-    if parts and rng.random() < 0.2 and "style" not in said:
-        return " and ".join(parts)
-    joined = (", " if rng.random() < 0.5 else " and ").join(parts)
-    return f"{head} {subject}{' with ' + joined if joined else ''}".strip()
-
-
-def phrase(name: str, value: object) -> str:
-    """What a caption says of one attribute: ('background', 'blue') -> 'blue background'."""
-    if name in ("glasses", "beard", "hat"):
-        article = "" if name == "glasses" else "a "
-        return f"{article}{name}" if value else f"no {name}"
-    if name == "length":
-        return f"{value} hair"
-    if name == "expression":
-        return f"a {value} face"
-    return f"{value} {name}"
 
 
 if __name__ == "__main__":

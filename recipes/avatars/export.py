@@ -1,4 +1,4 @@
-"""Exports the trained models to sdg_core/avatars: fp16 safetensors, and a sheet of held-out renders.
+"""Exports the pixel world's judge to sdg_core/avatars, as fp16 safetensors, and a sheet of held-out renders.
 
 `python export.py --data DIR --out DIR [--to DIR]` reads the checkpoints in --out.
 """
@@ -7,20 +7,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import train_adm
-import train_clip
-import train_noisy_clip
 from data import LABELS, load
 
 from sdg_core.avatars import BUNDLED, save_renders
-from sdg_core.encoders import NoisyCLIP, save_noisy_clip
 from sdg_core.files import save
 
 RENDERS = 2048  # held-out renders on the sheet: references, and the judge's measure of what is real
@@ -33,13 +28,6 @@ def average(out: Path, name: str) -> dict[str, torch.Tensor]:
 
 def export(data: Path, out: Path, to: Path) -> None:
     to.mkdir(parents=True, exist_ok=True)
-    save(to / "adm.safetensors", "adm", asdict(train_adm.CONFIG), average(out, "adm"))
-    clip, used = train_noisy_clip.trained_clip(out, load(data, "train")[1])
-    state = {**clip.state_dict(), "token_ids": used}
-    save(to / "clip.safetensors", "clip", {"clip": train_clip.CONFIG, "noise_size": train_clip.NOISE_SIZE}, state)
-    noisy = NoisyCLIP(train_noisy_clip.CONFIG, clip)
-    noisy.load_state_dict(average(out, "noisy_clip"))
-    save_noisy_clip(to / "noisy_clip.safetensors", noisy, used)
     save(to / "judge.safetensors", "judge", {"attributes": LABELS}, average(out, "judge"))
     images, labels = load(data, "test")
     save_renders(to / "renders.png", images[:RENDERS], labels[:RENDERS])

@@ -1,4 +1,5 @@
-"""Exports the 128 px world to sdg_core/avatars/latent: fp16 safetensors, and a sheet of held-out renders.
+"""Exports the 128 px world to sdg_core/avatars/latent: fp16 safetensors, and a sheet of held-out renders. The pixel
+world's ADM and NoisyCLIP, trained on the same renders, go to the folder above.
 
 `python export_world.py --data DIR --out DIR [--to DIR]` reads the checkpoints in --out; what is not there is left out.
 """
@@ -17,8 +18,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import small_clip
+import train_adm
 import train_classifier
-import train_clip
 import train_world_autoencoder
 import train_world_judge
 import train_world_latent
@@ -67,10 +69,14 @@ def export_latent(data: Path, out: Path, to: Path) -> None:
     save(to / "model.safetensors", "adm", asdict(config), average(out, "world_latent"))
 
 
+def export_adm(data: Path, out: Path, to: Path) -> None:
+    save(to.parent / "adm.safetensors", "adm", asdict(train_adm.CONFIG), average(out, "adm"))
+
+
 def export_clip(data: Path, out: Path, to: Path) -> None:
     used = vocabulary(load(data, "train", 64)[1])
     state = {**train_world_noisy_clip.trained_clip(out, len(used)).state_dict(), "token_ids": used}
-    save(to / "clip.safetensors", "clip", {"clip": train_clip.CONFIG, "noise_size": 64}, state)
+    save(to / "clip.safetensors", "clip", {"clip": small_clip.CONFIG, "noise_size": 64}, state)
 
 
 def export_noisy_clip(world: str, file: str, data: Path, out: Path, to: Path) -> None:
@@ -110,7 +116,8 @@ PARTS = {
     "world_latent": export_latent,
     "world_clip": export_clip,
     "noisy_clip_latents": functools.partial(export_noisy_clip, "latents", "noisy_clip.safetensors"),
-    "noisy_clip_pixels": functools.partial(export_noisy_clip, "pixels", "noisy_clip_pixels.safetensors"),
+    "noisy_clip_pixels": functools.partial(export_noisy_clip, "pixels", "../noisy_clip.safetensors"),
+    "adm": export_adm,
     "world_judge": export_judge,
     "classifier": export_classifier,
 }

@@ -8,12 +8,9 @@ work=${1:-work}
 python=../../.venv/bin/python
 [ -d node_modules ] || npm install
 [ -f "$work/data/train.npz" ] || $python data.py --out "$work/data"
-$python train_clip.py --data "$work/data" --out "$work/run"
-$python train_noisy_clip.py --data "$work/data" --out "$work/run"
 $python train_judge.py --data "$work/data" --out "$work/run"
-$python train_adm.py --data "$work/data" --out "$work/run" --compile
 $python export.py --data "$work/data" --out "$work/run"
-# The 128 px world: an autoencoder, a diffusion model of its latents, a CLIP, its NoisyCLIP, a judge.
+# The 128 px world, and the pixel world's ADM and NoisyCLIP, which learn its renders: an autoencoder, a diffusion model of its latents, a CLIP, its NoisyCLIP, a judge.
 [ -f "$work/world/train_labels.npy" ] || $python world_data.py --out "$work/world"
 world="--data $work/world --out $work/run"
 $python train_world_autoencoder.py $world
@@ -23,7 +20,9 @@ if [ -n "${CARD:-}" ]; then
 else
   $python train_world_clip.py $world
   $python train_world_noisy_clip.py latents $world
+  $python train_world_noisy_clip.py pixels $world
   $python train_world_latent.py --out "$work/run" --compile
+  $python train_adm.py $world --compile
 fi
 $python train_classifier.py $world
 $python export_world.py $world

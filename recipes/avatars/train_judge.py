@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from data import LABELS, load
 from loop import Plan, Told, spawn, train
-from train_clip import shifted
+from small_clip import shifted
 
 from sdg_core.avatars import Judge
 

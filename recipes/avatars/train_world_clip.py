@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from data import LABELS
 from loop import Plan, Told, spawn, train
 from open_clip.model import CLIP
+from small_clip import CONFIG, build, prepare, shifted, token_table, tokenizer
 from torch import Tensor, nn
-from train_clip import CONFIG, build, prepare, shifted, token_table, tokenizer
 from world_data import caption, in_memory, load, phrases
 
 PHASES = (

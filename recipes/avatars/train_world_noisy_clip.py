@@ -26,7 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import train_clip
+import small_clip
 from loop import Plan, Told, spawn, train
 from train_world_clip import VECTORS, vocabulary
 from world_data import load
@@ -50,7 +50,7 @@ def view_of(out: Path, world: str) -> View:
 
 def trained_clip(out: Path, words: int) -> torch.nn.Module:
     """The CLIP of train_world_clip.py with its averaged weights."""
-    clip = train_clip.build(words)
+    clip = small_clip.build(words)
     clip.load_state_dict(torch.load(out / "world_clip.pt", weights_only=True)["ema"])
     return clip.eval()
 
@@ -59,7 +59,7 @@ def student(out: Path, words: int, view: View) -> NoisyCLIP:
     """The trained CLIP, conditioned on noise and told what it reads."""
     covariance = tuple(map(tuple, view.covariance.tolist())) if isinstance(view, LinearView) else None
     config = NoisyCLIPConfig(
-        clip=train_clip.CONFIG, noise_size=SIDE, hidden=128, sinusoid=128, view=view.name, covariance=covariance
+        clip=small_clip.CONFIG, noise_size=SIDE, hidden=128, sinusoid=128, view=view.name, covariance=covariance
     )
     return NoisyCLIP(config, trained_clip(out, words)).eval()  # eval: the batch statistics stay the clean CLIP's
 
@@ -119,7 +119,7 @@ def prepared(clip: torch.nn.Module, data: Path, split: str) -> tuple[Tensor, Ten
     embeds, small = [], []
     for i in range(0, len(pictures), 250):
         x = torch.from_numpy(pictures[i : i + 250].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
-        embeds.append(clip.encode_image(train_clip.prepare(x), normalize=True))
+        embeds.append(clip.encode_image(small_clip.prepare(x), normalize=True))
         small.append(F.avg_pool2d(x, 2).half())
     return torch.cat(embeds), torch.cat(small)
 
@@ -138,7 +138,7 @@ def retrieval(
         found = []
         for embed in (
             unit(model(u, torch.tensor([float(t)]), model.full_depth).embed),
-            clip.encode_image(train_clip.prepare(u), normalize=True),
+            clip.encode_image(small_clip.prepare(u), normalize=True),
         ):
             found.append(float(((embed @ clean.T).argmax(1) == torch.arange(N)).float().mean()))
         rows.append((float(t), *found))

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import small_clip
 import train_adm
-import train_clip
 import train_world_clip
 import train_world_latent
 import train_world_noisy_clip as noisy
@@ -71,7 +71,7 @@ class Card:
     def clip(self) -> None:
         """All losses from the start: the probe gives picture features of what is small a gradient at once."""
         torch.manual_seed(12)
-        both = train_world_clip.with_probe(train_clip.build(self.words)).to(self.device)
+        both = train_world_clip.with_probe(small_clip.build(self.words)).to(self.device)
         both["clip"].visual.to(memory_format=torch.channels_last)
         said = train_world_clip.said_of(self.labels)
         plan = self.plan(
@@ -99,7 +99,7 @@ class Card:
         clip, embeds, small = noisy.trained_clip(self.out, self.words).to(self.device), [], []
         for part in self.pictures.split(1000):
             x = part.float() / 127.5 - 1
-            embeds.append(clip.encode_image(train_clip.prepare(x), normalize=True))
+            embeds.append(clip.encode_image(small_clip.prepare(x), normalize=True))
             small.append(F.avg_pool2d(x, 2).half())
         return torch.cat(embeds), torch.cat(small)
 
@@ -116,8 +116,7 @@ class Card:
         """On the renders of the 128 px world, averaged to 32 px."""
         vectors = train_world_latent.VECTORS
         plan = self.plan("adm", lr=1e-3, seed=1, muon=0.02, vectors=vectors, ema=0.998, decay=0.5)
-        small = torch.cat([F.avg_pool2d(part.float(), 2).round().byte() for part in self.pictures.split(1000)])
-        self.diffusion(plan, ADMUNet(train_adm.CONFIG), train_adm.Loss, small)
+        self.diffusion(plan, ADMUNet(train_adm.CONFIG), train_adm.Loss, train_adm.halved(self.pictures))
 
     def diffusion(self, plan: Plan, model: nn.Module, loss: type, x: Tensor) -> None:
         model = model.to(self.device, memory_format=torch.channels_last)
