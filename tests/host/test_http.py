@@ -212,7 +212,7 @@ def test_example_runs_as_it_is(server, info, name):
 
 @pytest.mark.parametrize("name", REPEATED)
 def test_example_gives_the_cores_picture(server, info, evaluate, name):
-    """Within two of 255 at a hundredth of its scales: at all of them guidance overshoots, and amplifies rounding."""
+    """Within four of 255 at a hundredth of its scales: at all of them guidance overshoots, and amplifies rounding."""
     prompt = tools.to_prompt(EXAMPLES[name], info)
     gentle = scaled(prompt, 0.01)
     seen = np.stack([pixels(file) for file in server.pictures(server.run(gentle))])
@@ -226,8 +226,8 @@ def test_example_gives_the_cores_picture(server, info, evaluate, name):
     off, moved = np.abs(seen - wanted), np.abs(seen - unguided)
     print(f"{name}: mean difference {off.mean():.3f}, largest {off.max()} of 255; guidance moved {moved.mean():.2f}")
     assert seen.shape == wanted.shape
-    assert off.max() <= 2
-    assert moved.max() >= 10
+    assert off.max() <= 4
+    assert moved.max() >= 5
     assert moved.mean() > 10 * off.mean()
 
 
