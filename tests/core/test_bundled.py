@@ -95,7 +95,7 @@ def test_a_target_is_met_where_the_guidance_can(world, kind):
     """Nine tenths of the way from unguided to a scale without limit, by the noisy CLIP, at the default cap."""
     target = "a person with glasses and blue background" if kind == "text" else world.renders[0]
     term = replace(world.term(Pull(kind, target)), start=0.0, end=1.0)
-    noise, sigmas = seeded_noise(range(2), 32), world.denoiser.sigmas(STEPS)
+    noise, sigmas = seeded_noise(range(2), 32), world.denoiser.sigmas(60)
 
     def finished(term):
         run, seen = (world.open_run((t,), Strength()) for t in (term, replace(term, goal=None, scale=1.0)))
