@@ -200,9 +200,8 @@ class Bench:
         place = self.device if direct else mm.unet_offload_device()
         with whole():
             model = config.get_model({}, device=place).eval()
-        generator = torch.Generator(self.device).manual_seed(
-            0
-        )  # on the card wherever they stay: the same in all settings
+        # Drawn on the card wherever they stay, so that they are the same in all settings.
+        generator = torch.Generator(self.device).manual_seed(0)
         for name, tensor in model.diffusion_model.requires_grad_(False).state_dict().items():
             if tensor.ndim > 1:
                 drawn = torch.randn(tensor.shape, generator=generator, device=self.device, dtype=tensor.dtype)

@@ -53,7 +53,7 @@ class Card:
         if self.images:
             batch = min(batch, self.images)
         mixed = self.device != "cpu"
-        return Plan(self.out / f"{name}.pt", images, batch, weight_decay=0.0, bfloat16=mixed, **settings)
+        return Plan(self.out / f"{name}.pt", images, batch, bfloat16=mixed, **{"weight_decay": 0.0, **settings})
 
     def run(self) -> None:
         """Those that have no result yet, in the order in which they need each other."""
@@ -75,7 +75,14 @@ class Card:
         both["clip"].visual.to(memory_format=torch.channels_last)
         said = train_world_clip.said_of(self.labels)
         plan = self.plan(
-            "world_clip", lr=1e-3, seed=12, muon=0.02, vectors=train_world_clip.VECTORS, ema=0.998, decay=0.5
+            "world_clip",
+            lr=1e-3,
+            weight_decay=0.05,
+            seed=12,
+            muon=0.02,
+            vectors=train_world_clip.VECTORS,
+            ema=0.998,
+            decay=0.5,
         )
         loss = train_world_clip.Loss(both, self.pictures, said, plan.batch, (1.0, 1.0))
         average = train_on_card(plan, both, loss)
@@ -89,7 +96,16 @@ class Card:
         model.text.requires_grad_(False)
         clean, small = self.seen()
         pictures = noisy.Pictures(view, self.latents() if world == "latents" else None, small)
-        plan = self.plan(name, lr=4e-4, seed=seed, muon=0.01, vectors=train_world_clip.VECTORS, ema=0.998, decay=0.5)
+        plan = self.plan(
+            name,
+            lr=4e-4,
+            weight_decay=0.01,
+            seed=seed,
+            muon=0.01,
+            vectors=train_world_clip.VECTORS,
+            ema=0.998,
+            decay=0.5,
+        )
         model.load_state_dict(train_on_card(plan, model, noisy.Loss(model, pictures, clean, plan.batch)))
         torch.save(noisy.measured(model.cpu(), world, self.data, self.out), self.out / f"{name}_retrieval.pt")
 
