@@ -14,7 +14,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,6 +46,14 @@ class Heading:
     relative: bool = False
 
 
+class Remark(NamedTuple):
+    """What is said of a whole run: a name, a value, and more words for who points at it."""
+
+    name: str
+    value: str
+    title: str
+
+
 @dataclass
 class Curve:
     """The latest run of one node. One of ``every`` points is kept, so that there are at most ``POINTS_KEPT``.
@@ -61,6 +69,7 @@ class Curve:
     every: int = 1
     count: int = 0
     done: bool = False
+    remark: Remark | None = None
 
     def add(self, point: Point) -> bool:
         """Keeps a point, if one is due; whether older ones had to go for it."""
@@ -73,8 +82,9 @@ class Curve:
         self.points, self.every = self.points[::2], 2 * self.every
         return True
 
-    def end(self, last: Point | None) -> None:
+    def end(self, last: Point | None, remark: Remark | None = None) -> None:
         """The run is over. Its last point stays, whether or not it was due."""
+        self.remark = remark
         if last is not None and (not self.points or self.points[-1] != last):
             self.points.append(last)
         self.done = True
@@ -82,6 +92,7 @@ class Curve:
     def message(self, start: int = 0) -> dict:
         """What the browser is told: all about the curve, and its points from ``start``."""
         about = {"node": self.node, "workflow": self.workflow, "run": self.run, "done": self.done}
+        about["remark"] = None if self.remark is None else self.remark._asdict()
         return {**asdict(self.heading), **about, "start": start, "points": self.points[start:]}
 
 
@@ -152,11 +163,11 @@ class Drawing:
         if due and ready:
             self.flush()
 
-    def end(self) -> None:
+    def end(self, remark: Remark | None = None) -> None:
         """The run is over, also where it was cancelled: what waits is sent."""
         if self.curve is not None:
             self._keep()
-            self.curve.end(self.last)
+            self.curve.end(self.last, remark)
             self.flush()
 
     def flush(self) -> None:
@@ -178,6 +189,12 @@ def heading_of(run: GuidanceRun, sigmas: Sequence[float]) -> Heading:
     """Of a run of guidance over the host's n + 1 noise levels."""
     lines = tuple(name_of(term) for term in run.terms)
     return Heading("guidance", lines, len(sigmas) - 1, run.strength.cap, run.strength.mode == "relative")
+
+
+def remark_of(run: GuidanceRun) -> Remark | None:
+    """What a budget chose, if there is one."""
+    budget = run.budget
+    return None if budget is None else Remark(f"budget {budget.percent:g} %", budget.short, str(budget).capitalize())
 
 
 def guided_point(step: StepTrace, sigma: float, sigmas: Sequence[float]) -> Callable[[], Point]:

@@ -17,7 +17,7 @@ from ...sdg_core.encoders import CleanCLIP
 from ...sdg_core.method import DecodedView, Early, GuidanceRun, Strength, Term, added, guidance_shift
 from ...sdg_core.models import Classifier
 from .encoders import HostGuidance
-from .live import Drawing, NodeCurve, guided_point, heading_of
+from .live import Drawing, NodeCurve, guided_point, heading_of, remark_of
 from .memory import activation_bytes, decoder_bytes, explained, make_resident
 from .scaling import scaling_of
 from .text import report
@@ -112,7 +112,7 @@ def _run_keeper(
             report(run)
             if watch is not None:
                 watch.finished.append(run)
-            drawing.end()
+            drawing.end(remark_of(run))
 
     return outer_sample
 

@@ -165,6 +165,14 @@ class Budget:
             self.guidance, self.model = guidance, model
             self.every = max(1, math.ceil(guidance / (model * self.percent / 100) - 1e-9))
 
+    @property
+    def short(self) -> str:
+        """What it chose, in a few words."""
+        self.settle()
+        if self.model == 0:
+            return "too few steps"
+        return "every step" if self.every == 1 else f"one every {self.every} steps"
+
     def __str__(self) -> str:
         """What it chose, in words."""
         self.settle()

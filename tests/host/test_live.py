@@ -114,6 +114,19 @@ def test_the_picture_is_the_same_bit_for_bit_with_a_browser_without_and_without_
         assert torch.equal(sample(guidance)["samples"], alone)
 
 
+def test_what_a_budget_chose_is_said_at_the_end(listen, run, sample, guidance):
+    listener = listen()
+    sample(guidance)
+    assert listener.heard[-1]["remark"] is None
+    listener = listen()
+    sample(run("SDGGuidanceBudget", guidance=guidance, percent=1.0), steps=8)
+    assert [message["remark"] for message in listener.heard[:-1]] == [None] * (len(listener.heard) - 1)
+    remark = listener.heard[-1]["remark"]
+    assert remark["name"] == "budget 1 %"
+    assert remark["value"].startswith("one every")
+    assert "a gradient costs" in remark["title"].lower()
+
+
 def test_without_a_browser_nothing_is_sent_and_all_is_kept(pack, listen, sample, guidance):
     listener = listen(client=None)
     sample(guidance)

@@ -94,6 +94,13 @@ test("the legend says how lines went, or what they are at a point", () => {
   assert.equal(legendOf(curve({ cap: 0.25, relative: true }), null)[1].value, "relative 0.25");
 });
 
+test("what is said of the whole run stands below, and makes no room where nothing is", () => {
+  const remark = { name: "budget 20 %", value: "one every 3 steps", title: "Why" };
+  const rows = legendOf(curve({ points, remark }), null);
+  assert.equal(rows.length, legendOf(curve({ points }), null).length + 1);
+  assert.deepEqual(rows.at(-1), { colour: "transparent", ...remark });
+});
+
 test("the step is said in words", () => {
   assert.equal(stepText(curve({ points }), null), "step 3 of 10");
   assert.equal(stepText(curve({ points, done: true }), null), "10 steps");

@@ -18,6 +18,7 @@
  * @property {number | null} cap
  * @property {boolean} relative
  * @property {boolean} done
+ * @property {{ name: string, value: string, title: string } | null} remark what is said of the whole run, at its end
  * @property {number} start
  * @property {Point[]} points
  */

@@ -186,8 +186,8 @@ export function nearest(curve, width, x) {
 }
 
 /**
- * What stands beside the chart: a row for each line, then the pull. Values are those of point `index`, or how each line
- * went, first to last, for none.
+ * What stands beside the chart: a row for each line, then the pull, then what is said of the whole run. Values are those
+ * of point `index`, or how each line went, first to last, for none.
  * @param {Curve} curve
  * @param {number | null} index
  * @returns {{ colour: string, name: string, value: string, title: string }[]}
@@ -200,7 +200,8 @@ export function legendOf(curve, index) {
   };
   const rows = curve.lines.map((name, k) => ({ colour: colourOf(k), name, value: value(3 + k), title: `Score of ${name}` }));
   if (curve.kind === "loss") return rows.map((row) => ({ ...row, title: "What it learns by: lower is better" }));
-  return [...rows, { colour: PULL_COLOUR, name: "pull", value: pullText(curve, index), title: PULL_TITLE }];
+  const pull = { colour: PULL_COLOUR, name: "pull", value: pullText(curve, index), title: PULL_TITLE };
+  return [...rows, pull, ...(curve.remark ? [{ colour: "transparent", ...curve.remark }] : [])];
 }
 
 const PULL_TITLE = "Size of the shift over that of the model's own step. Dots: the cap bound it.";
