@@ -321,7 +321,7 @@ def step_cost(world: World, count: int = 8, times: int = 5) -> dict[str, float]:
     denoised, result = world.denoiser(x, sigma), dict[str, float]()
     for kind in KIND_SUITES:
         pull = Pull(kind, "a person with glasses" if kind == "text" else world.renders[0])
-        run = world.open_run((replace(world.term(pull), start=0.0, end=1.0),), Strength())
+        run = world.open_run((replace(world.term(pull), start=0.0, end=1.0),))
         guide(denoised, x, sigma, run)  # the first looks at references
         spans = []
         for _ in range(times):
@@ -448,7 +448,7 @@ def _effect(job: Job, settings: Settings, size: int) -> relative.Effect:
     world = worker_world(settings.world)
     noise = seeded_noise(job.seeds, size, world.denoiser.shape[0])
     steps = settings.steps or STEPS["latents"]
-    return relative.measure_effect(world, job.pulls[0], noise, settings.strength, steps)
+    return relative.measure_effect(world, job.pulls[0], noise, settings.strength or world.strength, steps)
 
 
 def relative_quality(pool: Executor, settings: Settings, progress: Progress) -> list[Row]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..avatars import Pull, World, WorldName, load_bundled_clip, open_world, seeded_noise
 from ..avatars.jobs import ATTRIBUTES, BLOCK_SEEDS, CHUNK, hits, prompt, scored_values
 from ..avatars.world import STEPS
-from ..method import Strength, TextGuidance
+from ..method import TextGuidance
 from ..models import euler_ancestral, guided
 from .peers import METHODS, Peer
 from .rows import Row, by_turns
@@ -40,7 +40,7 @@ def drawers(world: World) -> dict[str, Drawer]:
     decode, modules = world.decoded.decode, (*world.decoded.modules, clip, world.denoiser.unet)
 
     def ours(text: str, noise: Tensor, steps: int, seed: int) -> Tensor:
-        run = world.open_run((world.term(Pull("text", text)),), Strength())
+        run = world.open_run((world.term(Pull("text", text)),))
         return _drawn(world, guided(world.denoiser, run), noise, steps, seed)
 
     def other(method: str, text: str, noise: Tensor, steps: int, seed: int) -> Tensor:
