@@ -448,7 +448,7 @@ def _effect(job: Job, settings: Settings, size: int) -> relative.Effect:
     world = worker_world(settings.world)
     noise = seeded_noise(job.seeds, size, world.denoiser.shape[0])
     steps = settings.steps or STEPS["latents"]
-    return relative.measure_effect(world, job.pulls[0], noise, settings.strength or world.strength, steps)
+    return relative.measure_effect(world, job.pulls[0], noise, settings.strength, steps)
 
 
 def relative_quality(pool: Executor, settings: Settings, progress: Progress) -> list[Row]:

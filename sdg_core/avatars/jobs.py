@@ -92,7 +92,7 @@ class Settings:
     samples: int = 256
     steps: int = 0  # 0: as the README's measurements, ``world.STEPS``
     sampler: Sampler = "euler_ancestral"
-    strength: Strength | None = None  # the world's
+    strength: Strength = field(default_factory=Strength)
     cap: float = RELATIVE_CAP  # of the suite relative
     block: int = 1
     processes: int = 0  # 0: one per core

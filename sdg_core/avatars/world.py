@@ -58,12 +58,7 @@ SAMPLERS: tuple[Sampler, ...] = ("euler", "euler_ancestral", "paper")
 
 NOISY_SCALE: dict[Kind, float] = {"text": 300.0, "content": 500.0, "structure": 1000.0, "style": 4000.0}
 NOISY_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.9), "content": (0.0, 0.95), "style": (0.2, 1.0)}
-NOISY_CAP = 0.2
-"""Scales, intervals and cap that the noisy CLIP was measured at on the latent models: their runs start at less noise.
-
-The cap binds in the first steps. There a larger one lets guidance leap beyond what was asked for: of a gray background
-it makes gray clothes before a loud one.
-"""
+"""Scales and intervals that the noisy CLIP was measured at on the latent models: their runs start at less noise."""
 
 NEGATIVE = "a person"
 """What all pictures of the latent models share: texts pull better without it."""
@@ -138,7 +133,7 @@ class World:
     """Model, encoder and what measures them. ``renders`` (N, 3, S, S) in -1..1, ``labels`` (N, A), -1 unknown.
 
     ``decoded`` makes pictures of latents, None where the model draws pictures. ``scales`` and ``intervals`` are the
-    defaults by kind, ``negative`` that of texts, ``cap`` that of a run. ``seen``: what the judge sees in held-out renders; None: it looks at
+    defaults by kind, ``negative`` that of texts. ``seen``: what the judge sees in held-out renders; None: it looks at
     ``renders``.
     """
 
@@ -155,12 +150,6 @@ class World:
     seen: HeldOut | None = None
     classifier_file: Path | None = None
     negative: str = ""
-    cap: float = 1.0
-
-    @property
-    def strength(self) -> Strength:
-        """How strongly this world's runs are guided, unless they say otherwise."""
-        return Strength(cap=self.cap)
 
     @functools.cached_property
     def held_out(self) -> HeldOut:
@@ -172,10 +161,10 @@ class World:
         return x if self.decoded is None else self.decoded.decode(x).clamp(-1, 1)
 
     def open_run(self, terms: tuple[Term, ...], strength: Strength | None = None) -> GuidanceRun:
-        """The state of one sampling run of this world's model; no ``strength`` is the world's own."""
+        """The state of one sampling run of this world's model; no ``strength`` is the usual one."""
         to_sigma = self.denoiser.percent_to_sigma()
         return GuidanceRun(
-            terms, self.denoiser.convention, to_sigma, strength or self.strength, lambda encoder: self.view, self.variance
+            terms, self.denoiser.convention, to_sigma, strength or Strength(), lambda encoder: self.view, self.variance
         )
 
     def term(self, pull: Pull) -> Term:
@@ -261,7 +250,6 @@ def load_latent_world(name: WorldName) -> World:
         load_held_out(latent / "held_out.safetensors"),
         latent / "classifier.safetensors",
         NEGATIVE if noisy else "",
-        NOISY_CAP if noisy else 1.0,
     )
 
 

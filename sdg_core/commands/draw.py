@@ -37,8 +37,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     one.add_argument("--steps", type=int, default=50)
     one.add_argument("--sampler", choices=SAMPLERS, default="euler_ancestral")
     one.add_argument("--strength", choices=("absolute", "relative"), default="absolute")
-    cap = "bound on the pull in multiples of the model's step; 0: none; default: the measured one"
-    one.add_argument("--cap", type=float, help=cap)
+    one.add_argument(
+        "--cap", type=float, default=1.0, help="bound on the pull in multiples of the model's step; 0: none"
+    )
     one.add_argument("--out", type=Path, default=Path("sample.png"))
     one.set_defaults(run=run_sample)
     add_world(one)
@@ -74,11 +75,10 @@ def run_sample(args: argparse.Namespace) -> None:
         pulls += [Pull(kind, read_image(Path(path)), scale) for path in getattr(args, kind)]
     channels, size, _ = world.denoiser.shape
     noise = batch_noise(args.seed, args.count, size, channels)
-    cap = world.cap if args.cap is None else args.cap or None
     with tqdm(total=args.steps, desc="Sampling", unit="step") as bar:
         images = sample(
             world, pulls, noise, steps=args.steps, sampler=args.sampler, seed=args.seed,
-            strength=Strength(args.strength, cap), progress=lambda step: bar.update(),
+            strength=Strength(args.strength, args.cap or None), progress=lambda step: bar.update(),
         )  # fmt: skip
     write_image(args.out, torch.cat(list(images), dim=2))
     print(f"Wrote {args.out.resolve()}")

@@ -82,10 +82,10 @@ def _sized(pull: Pull, batch: Batch, weights: Tensor, run: GuidanceRun) -> tuple
     broken = torch.zeros_like(step, dtype=torch.bool)
     if pull.aimed is not None:  # goals size their part of the shift: only the cap's bound is left for them
         if strength.mode == "relative":
-            shift, _, _, free, broken = bounded(shift, step, strength, room, full)
+            shift, _, _, free, broken = bounded(shift, step, strength, run.variance, room, full)
         shift = shift + shifted(pull.aimed)
         full, strength = None, Strength("absolute", strength.cap)
-    made = bounded(shift, step, strength, room, full)
+    made = bounded(shift, step, strength, run.variance, room, full)
     made = made._replace(broken=made.broken | broken)
     parts = {k: rms(shifted(part)) / step.clamp(min=torch.finfo(step.dtype).tiny) for k, part in pull.added.items()}
     return made, {k: size * made.factor * (1 if run.terms[k].aims else free) for k, size in parts.items()}

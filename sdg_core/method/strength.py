@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -9,6 +10,11 @@ import torch
 from torch import Tensor
 
 from .schedule import expand
+
+
+REACH = 2.0
+"""How many standard deviations of the data an absolute shift has at most. The model's own step of the first noise levels
+is many; a shift of a whole one leaps beyond what was asked for, to the loudest picture that shows some of it."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,8 @@ class Strength:
     Both are in units of x_0, so at one noise level sigma / alpha one number is one shift, in every convention and at
     every size. Euler's next x_t / alpha depends on sigma / alpha and on denoised alone, so a whole run of one model
     is pulled alike too; ``avatars.relative`` measures how alike, of models trained apart (docs/relative.md).
-    ``cap``: the shift's RMS is at most this multiple of the model's own eps step, per sample; None is no bound.
+    ``cap``: the shift's RMS is at most this multiple of the model's own eps step, per sample, and, absolute, at most
+    ``REACH`` standard deviations of the data; None is no bound.
     """
 
     mode: Literal["absolute", "relative"] = "absolute"
@@ -49,11 +56,13 @@ class Bounded(NamedTuple):
     broken: Tensor
 
 
-def bounded(shift: Tensor, step: Tensor, strength: Strength, *parts: Tensor | None) -> Bounded:
+def bounded(shift: Tensor, step: Tensor, strength: Strength, variance: float, *parts: Tensor | None) -> Bounded:
     """The shift (B, ...) with its RMS bounded by (or, relative, set to) cap * step (B,), per sample; never non-finite.
 
-    shift' = shift * min(1, cap * step / rms(shift)), and without the minimum for relative strength. ``parts`` (B,)
-    multiply the bound.
+    absolute: shift' = shift * min(1, bound / rms(shift)), bound = min(cap * step, REACH * sqrt(variance))
+    relative: shift' = shift * cap * step / rms(shift)
+
+    ``variance`` is that of the data, per element. ``parts`` (B,) multiply the bound.
     """
     size = rms(shift)
     broken = ~torch.isfinite(size)
@@ -63,6 +72,8 @@ def bounded(shift: Tensor, step: Tensor, strength: Strength, *parts: Tensor | No
     factor, capped = torch.ones_like(size), torch.zeros_like(broken)
     if strength.cap is not None:
         bound = strength.cap * step
+        if strength.mode == "absolute":
+            bound = bound.clamp(max=REACH * math.sqrt(variance))
         for part in parts:
             bound = bound if part is None else bound * part.to(bound, non_blocking=True)
         allowed = bound / size.clamp(min=tiny)

@@ -154,18 +154,24 @@ def test_flow_at_one_does_not_touch_its_neighbours(tiny_encoder, kinds, step):
 
 @pytest.mark.parametrize("convention", [Convention.VE, Convention.FLOW])
 @pytest.mark.parametrize("scale", [0.1, 1e6])
-def test_cap_bounds_the_shift_by_the_models_own_step(convention, scale, tiny_encoder, all_terms, step):
+@pytest.mark.parametrize("variance", [0.01, 0.25, 1e4])
+def test_cap_bounds_the_shift_by_the_models_own_step_and_the_datas_size(
+    convention, scale, variance, tiny_encoder, all_terms, step
+):
     denoised, x_t, _ = step
     sigma = torch.full((4,), 0.8)
     alpha = 1.0 if convention is Convention.VE else 0.2
     own = rms((x_t - alpha * denoised) / alpha)
+    most = (0.5 * own).clamp(max=2 * variance**0.5)
     run = make_run(*all_terms(tiny_encoder(), scale), strength=Strength(cap=0.5), convention=convention)
+    run.variance = variance
     shift = guide(denoised, x_t, sigma, run) - denoised
     free_run = make_run(*all_terms(tiny_encoder(), scale), convention=convention)
     free = guide(denoised, x_t, sigma, free_run) - denoised
-    bound = rms(free) > 0.5 * own
+    bound = rms(free) > most
     assert bool(bound.all()) == bool(bound.any()) == (scale == 1e6)
-    wanted = free * (0.5 * own / rms(free)).clamp(max=1).view(-1, 1, 1, 1)
+    assert bool((most < 0.5 * own).all()) == (variance < 1)
+    wanted = free * (most / rms(free)).clamp(max=1).view(-1, 1, 1, 1)
     torch.testing.assert_close(shift, wanted, rtol=1e-9, atol=1e-9)
     assert run.trace[0].capped.tolist() == bound.tolist()
     torch.testing.assert_close(run.trace[0].pull, rms(wanted) / own, rtol=1e-9, atol=1e-9)
