@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -101,10 +102,11 @@ def every_value(rng: random.Random) -> list[str]:
     ]
 
 
-def _captions(labels: np.ndarray, seed: int) -> Tensor:
-    """Tokens (N, CAPTIONS, L) of random captions."""
+def _captions(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Tokens (N, CAPTIONS, L) of random captions. No tensor: between processes it would travel by shared memory."""
     rng, tokens = random.Random(seed), tokenizer()
-    return tokens([caption(row, rng) for row in labels for _ in range(CAPTIONS)]).view(len(labels), CAPTIONS, -1)
+    said = tokens([caption(row, rng) for row in labels for _ in range(CAPTIONS)])
+    return said.view(len(labels), CAPTIONS, -1).numpy()
 
 
 def said_of(labels: np.ndarray, processes: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,8 +116,8 @@ def said_of(labels: np.ndarray, processes: int = 2) -> tuple[Tensor, Tensor, Ten
     """
     table, rng, read = token_table(vocabulary(labels)).to(torch.uint8), random.Random(0), tokenizer()
     parts = np.array_split(labels, max(1, len(labels) // 2000))
-    with ProcessPoolExecutor(processes) as pool:
-        captions = torch.cat([table[part] for part in pool.map(_captions, parts, range(len(parts)))])
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:  # a fork keeps the locks of torch's threads
+        captions = torch.cat([table[torch.from_numpy(part)] for part in pool.map(_captions, parts, range(len(parts)))])
     values = torch.stack([table[read(every_value(rng))] for _ in range(PHRASES)])
     return torch.from_numpy(labels), captions, values
 
