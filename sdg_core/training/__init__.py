@@ -1,10 +1,11 @@
 """Training: a clean CLIP learns to read noise, from pictures without captions; and the proof that it does.
 
-``images`` draws pictures, ``sight`` says what the student sees of them, ``learner`` makes a step, ``finetune`` runs
+``images`` draws pictures, ``extras`` asks for what only training needs, ``sight`` says what the student sees of them, ``learner`` makes a step, ``finetune`` runs
 them all, ``states`` keeps and resumes; ``retrieval`` measures and ``chart`` shows.
 """
 
 from .chart import draw_chart, retrieval_lines
+from .extras import MissingExtra
 from .finetune import Finetuning, accelerator
 from .images import PLAIN, Augment, ImageSet, ImageShards, find_images, held_out, is_shards, shard_names
 from .retrieval import Retrieval, as_rows, measure_retrieval
@@ -20,6 +21,7 @@ __all__ = [
     "Finetuning",
     "ImageSet",
     "ImageShards",
+    "MissingExtra",
     "Progress",
     "Retrieval",
     "Settings",

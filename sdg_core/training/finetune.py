@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..encoders import CleanCLIP, NoisyCLIP, from_clean
+from .extras import extra
 from .images import Batch, Draws, ImageSet, ImageShards, collate
 from .learner import Learner
 from .settings import Progress, Settings
@@ -34,10 +35,10 @@ def accelerator(cpu: bool = False, precision: str = "no") -> Accelerator:
 
     ``precision`` of the forward pass: "no", "bf16" or "fp16". Batches are shared among processes, not multiplied.
     """
-    from accelerate import Accelerator, DataLoaderConfiguration  # takes seconds, so at first use
-
-    shared = DataLoaderConfiguration(split_batches=True)
-    return Accelerator(cpu=cpu, mixed_precision=precision, dataloader_config=shared)
+    accelerate = extra("accelerate")
+    shared = accelerate.DataLoaderConfiguration(split_batches=True)
+    made: Accelerator = accelerate.Accelerator(cpu=cpu, mixed_precision=precision, dataloader_config=shared)
+    return made
 
 
 class Finetuning:

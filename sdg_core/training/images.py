@@ -22,6 +22,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from .extras import extra
+
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for damaged files
 
 
@@ -122,8 +124,7 @@ class ImageShards(IterableDataset[Sample]):
         self.names, self.size, self.augment, self.seed, self.shuffle = list(names), size, augment, seed, shuffle
 
     def __iter__(self) -> Iterator[Sample]:
-        import webdataset
-
+        webdataset = extra("webdataset")
         for passed in itertools.count():
             stream = webdataset.WebDataset(
                 self.names, shardshuffle=1000 if self.shuffle else False, seed=self.seed + passed, empty_check=False,
@@ -159,9 +160,7 @@ class ImageShards(IterableDataset[Sample]):
 
 def shard_names(urls: str) -> list[str]:
     """The single shards of a pattern such as "data-{000..012}.tar". Raises FileNotFoundError for missing files."""
-    import webdataset
-
-    names = list(webdataset.shardlists.expand_urls(urls))
+    names = list(extra("webdataset").shardlists.expand_urls(urls))
     missing = [
         name for name in names if "://" not in name and not name.startswith("pipe:") and not os.path.isfile(name)
     ]
