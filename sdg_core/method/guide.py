@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -80,12 +81,12 @@ def _sized(pull: Pull, batch: Batch, weights: Tensor, run: GuidanceRun) -> tuple
     step = rms((batch.x_t - alpha * batch.denoised) / alpha)  # sigma / alpha * eps: the model's own step
     free = torch.ones_like(step)
     broken = torch.zeros_like(step, dtype=torch.bool)
-    if pull.aimed is not None:  # goals size their part of the shift: only the cap's bound is left for them
-        if strength.mode == "relative":
-            shift, _, _, free, broken = bounded(shift, step, strength, run.variance, room, full)
+    variance = run.variance
+    if pull.aimed is not None:  # goals size their part of the shift: only the cap is left for them
+        shift, _, _, free, broken = bounded(shift, step, strength, variance, room, full)
         shift = shift + shifted(pull.aimed)
-        full, strength = None, Strength("absolute", strength.cap)
-    made = bounded(shift, step, strength, run.variance, room, full)
+        full, strength, variance = None, Strength("absolute", strength.cap), math.inf
+    made = bounded(shift, step, strength, variance, room, full)
     made = made._replace(broken=made.broken | broken)
     parts = {k: rms(shifted(part)) / step.clamp(min=torch.finfo(step.dtype).tiny) for k, part in pull.added.items()}
     return made, {k: size * made.factor * (1 if run.terms[k].aims else free) for k, size in parts.items()}

@@ -30,7 +30,7 @@ class Strength:
     every size. Euler's next x_t / alpha depends on sigma / alpha and on denoised alone, so a whole run of one model
     is pulled alike too; ``avatars.relative`` measures how alike, of models trained apart (docs/relative.md).
     ``cap``: the shift's RMS is at most this multiple of the model's own eps step, per sample, and, absolute, at most
-    ``REACH`` standard deviations of the data; None is no bound.
+    ``REACH`` standard deviations of the data, which targets are free of; None is no bound.
     """
 
     mode: Literal["absolute", "relative"] = "absolute"
