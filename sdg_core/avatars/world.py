@@ -94,7 +94,7 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Pull:
-    """One wish in plain words: a kind, what it is towards, and a scale; None is the default one of its kind.
+    """One wish in plain words: a kind, what it is towards, a scale and an interval; None is the default of its kind.
 
     Towards a prompt, a reference picture (3, h, w) in -1..1, the name of a class of the world's classifier (of the kind
     "class"), or a change. ``region`` (h, w) is where it acts, 1 inside; ``away`` turns it around, until its similarity
@@ -105,6 +105,7 @@ class Pull:
     kind: Kind | Literal["class", "direction"]
     target: str | Tensor | Change
     scale: float | None = None
+    interval: tuple[float, float] | None = None
     region: Tensor | None = None
     away: bool = False
     until: float = 0.0
@@ -168,12 +169,12 @@ class World:
         )
 
     def term(self, pull: Pull) -> Term:
-        """The pull as a term, at the default scale and interval of its kind unless it has its own scale."""
+        """The pull as a term, at the default scale and interval of its kind unless it has its own."""
         if pull.kind == "class" or pull.kind == "direction":
             (usual, interval), encoder = OTHERS[pull.kind], self.classifier if pull.kind == "class" else self.encoder
         else:
             usual, interval, encoder = self.scales[pull.kind], self.intervals[pull.kind], self.encoder
-        scale = usual if pull.scale is None else pull.scale
+        scale, interval = usual if pull.scale is None else pull.scale, pull.interval or interval
         term = PACES[pull.pace].of(Term(self._guidance(pull), encoder, scale, *interval, every=pull.every))
         if pull.region is not None:
             term = replace(term, region=Region(pull.region[None, None]))

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from .schedule import expand
 
-
 REACH = 2.0
-"""How many standard deviations of the data an absolute shift has at most. The model's own step of the first noise levels
-is many; a shift of a whole one leaps beyond what was asked for, to the loudest picture that shows some of it."""
+"""How many standard deviations of the data an absolute shift has at most.
+
+The model's own step at the first noise levels is many: a shift as large leaps beyond what was asked for, to the loudest
+picture that shows some of it.
+"""
 
 
 @dataclass(frozen=True)

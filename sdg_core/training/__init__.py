@@ -1,7 +1,8 @@
 """Training: a clean CLIP learns to read noise, from pictures without captions; and the proof that it does.
 
-``images`` draws pictures, ``extras`` asks for what only training needs, ``sight`` says what the student sees of them, ``learner`` makes a step, ``finetune`` runs
-them all, ``states`` keeps and resumes; ``retrieval`` measures and ``chart`` shows.
+``images`` draws pictures, ``sight`` says what the student sees of them, ``learner`` makes a step, ``finetune`` runs
+them all, ``states`` keeps and resumes; ``retrieval`` measures and ``chart`` shows. ``extras`` asks for the libraries that
+only training needs.
 """
 
 from .chart import draw_chart, retrieval_lines
