@@ -1,7 +1,7 @@
 """Training: a clean CLIP learns to read noise, from pictures without captions; and the proof that it does.
 
 ``images`` draws pictures, ``sight`` says what the student sees of them, ``learner`` makes a step, ``finetune`` runs
-them all, ``states`` keeps and resumes; ``retrieval`` measures and ``chart`` shows. ``extras`` asks for the libraries that
+them all, ``states`` keeps and resumes; ``retrieval`` measures and ``chart`` shows. ``extras`` asks for libraries that
 only training needs.
 """
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from sdg_core.avatars import CLEAN_INTERVAL, CLEAN_SCALE, NOISY_INTERVAL, NOISY_SCALE  # noqa: E402
-from sdg_core.avatars.editing import DENOISE, DIRECTION, KEEP, REGIONS, TO_THE_END  # noqa: E402
+from sdg_core.avatars.editing import DENOISE, DIRECTION, KEEP, LONGER, REGIONS  # noqa: E402
 from sdg_core.avatars.world import NEGATIVE, OTHERS  # noqa: E402
 from sdg_core.method import DEFAULT_INTERVAL, DEFAULT_SCALE, StructureGuidance, StyleGuidance  # noqa: E402
 
@@ -409,7 +409,7 @@ def regions_example() -> None:
     masked = []
     graph.group("2. Texts", -20, 720, 380, 1000)
     for y, colour, mask in ((800, "blue", left), (1260, "green", right)):
-        words = text(graph, m, (0, y), f"a person with {colour} hair", interval=TO_THE_END)
+        words = text(graph, m, (0, y), f"a person with {colour} hair", interval=LONGER)
         masked.append(
             graph.add("SDGGuidanceMask", "Guidance Mask (SDG)", (0, y + 280), [0.0], guidance=words, mask=mask)
         )
