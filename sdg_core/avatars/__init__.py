@@ -5,7 +5,7 @@
 what relative strength does, ``demo`` draws the first picture.
 """
 
-from .demo import draw_demo
+from .demo import Chosen, draw_demo
 from .evaluate import MODEL_SUITES, SUITES, as_json, evaluate
 from .files import (
     BUNDLED,
@@ -54,6 +54,7 @@ __all__ = [
     "RELATIVE_INTERVAL",
     "SAMPLERS",
     "SUITES",
+    "Chosen",
     "HeldOut",
     "Judge",
     "Pull",

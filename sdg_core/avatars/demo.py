@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -12,6 +13,7 @@ from torch import Tensor
 from .world import Pull, World, sample, seeded_noise
 
 SEEDS = tuple(range(8))
+STRIP_SEED = 1
 TILE, GAP, LABEL, REFERENCE = 128, 8, 250, 144
 INK, PAPER, QUIET = "#1d1d1f", "#ffffff", "#6e6e73"
 
@@ -75,16 +77,46 @@ def find_render(world: World, **wanted: object) -> Tensor:
     raise LookupError(f"No held-out render has {wanted}.")
 
 
-def draw_demo(world: World, steps: int, progress: Callable[[int, int], None], gallery: bool = False) -> Image.Image:
-    """Samples every row from the same seeds and draws the grid. ``progress(done, total)`` counts sampler steps."""
-    rows, seeds = (gallery_rows(world), GALLERY_SEEDS) if gallery else (demo_rows(world), SEEDS)
+def strip_rows(world: World) -> list[DemoRow]:
+    """One guidance each, and all of them together: what one picture becomes."""
+    face, brush = find_render(world, style="flat", background="yellow"), find_render(world, style="pixel", hat=False)
+    text = Pull("text", "a person with pink hair")
+    return [
+        DemoRow("Unguided", "the model alone", ()),
+        DemoRow("Text", "a person with pink hair", (text,)),
+        DemoRow("Content", "what is in the picture", (Pull("content", face),)),
+        DemoRow("Structure", "its layout as well", (Pull("structure", face),)),
+        DemoRow("Style", "its strokes and palette", (Pull("style", brush),)),
+        DemoRow(
+            "All at once",
+            "the text, the picture, the style",
+            (
+                replace(text, scale=4 * world.scales["text"]),
+                Pull("content", face, world.scales["content"] / 2),
+                Pull("structure", face, world.scales["structure"] / 4),
+                Pull("style", brush, world.scales["style"] / 10),
+            ),
+        ),
+    ]
+
+
+Chosen = Literal["grid", "gallery", "row"]
+"""What the demo draws: every guidance for eight seeds, prompts in many words, or one seed in large."""
+
+
+def draw_demo(world: World, steps: int, progress: Callable[[int, int], None], chosen: Chosen = "grid") -> Image.Image:
+    """Samples every row from the same seeds and draws them. ``progress(done, total)`` counts sampler steps."""
+    make, seeds = {
+        "grid": (demo_rows, SEEDS), "gallery": (gallery_rows, GALLERY_SEEDS), "row": (strip_rows, (STRIP_SEED,)),
+    }[chosen]  # fmt: skip
+    rows = make(world)
     channels, size, _ = world.denoiser.shape
     noise = seeded_noise(seeds, size, channels)
     pictures, total = [], steps * len(rows)
     for i, row in enumerate(rows):
         count = lambda step, i=i: progress(i * steps + step.index + 1, total)  # noqa: E731
         pictures.append(sample(world, row.pulls, noise, steps=steps, progress=count))
-    return draw_grid(rows, pictures, seeds)
+    return draw_strip(rows, pictures) if chosen == "row" else draw_grid(rows, pictures, seeds)
 
 
 def draw_grid(rows: Sequence[DemoRow], pictures: Sequence[Tensor], seeds: Sequence[int] = SEEDS) -> Image.Image:
@@ -110,7 +142,27 @@ def draw_grid(rows: Sequence[DemoRow], pictures: Sequence[Tensor], seeds: Sequen
     return grid
 
 
-def tile(image: Tensor) -> Image.Image:
-    """(3, S, S) in -1..1 as a TILE x TILE picture, its pixels kept square."""
+def draw_strip(rows: Sequence[DemoRow], pictures: Sequence[Tensor]) -> Image.Image:
+    """One picture (1, 3, S, S) a row, side by side, a label below each and its references in its corner."""
+    side, inset = 2 * TILE, TILE // 2 + GAP
+    strip = Image.new("RGB", (len(rows) * (side + GAP) - GAP, side + 56), PAPER)
+    draw = ImageDraw.Draw(strip)
+    bold, plain = ImageFont.load_default(size=20), ImageFont.load_default(size=15)
+    for x, (row, images) in enumerate(zip(rows, pictures, strict=True)):
+        left = x * (side + GAP)
+        strip.paste(tile(images[0], side), (left, 0))
+        references = list({id(p.target): p.target for p in row.pulls if isinstance(p.target, Tensor)}.values())
+        for y, reference in enumerate(references):
+            corner = (left + side - (len(references) - y) * inset, side - inset)
+            draw.rectangle((*corner, corner[0] + inset - 1, corner[1] + inset - 1), PAPER)
+            strip.paste(tile(reference, inset - 4), (corner[0] + 2, corner[1] + 2))
+        draw.text((left, side + 6), row.title, INK, bold)
+        draw.text((left, side + 32), row.detail, QUIET, plain)
+    return strip
+
+
+def tile(image: Tensor, side: int = TILE) -> Image.Image:
+    """(3, S, S) in -1..1 as a side x side picture, its pixels kept square where it grows."""
     pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.NEAREST)
+    smaller = side < image.shape[-1]
+    return Image.fromarray(pixels).resize((side, side), Image.Resampling.BOX if smaller else Image.Resampling.NEAREST)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..avatars import SAMPLERS, Pull, World, WorldName, batch_noise, draw_demo, open_world, sample
+from ..avatars import SAMPLERS, Chosen, Pull, World, WorldName, batch_noise, draw_demo, open_world, sample
 from ..method import Strength
 from ..pictures import read_image, write_image
 from .options import add_models
@@ -23,7 +23,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     demo = commands.add_parser("demo", help="draw a labelled grid of every guidance with the bundled models")
     demo.add_argument("--out", type=Path, default=Path("demo.png"))
     demo.add_argument("--steps", type=int, default=30)
-    demo.add_argument("--gallery", action="store_true", help="prompts in many words instead, a row for each")
+    instead = demo.add_mutually_exclusive_group()
+    instead.add_argument("--gallery", action="store_true", help="prompts in many words instead, a row for each")
+    instead.add_argument("--row", action="store_true", help="one seed instead, in large")
     demo.set_defaults(run=run_demo)
     add_world(demo)
     add_models(demo)
@@ -58,8 +60,9 @@ def world_of(args: argparse.Namespace) -> World:
 def run_demo(args: argparse.Namespace) -> None:
     """`sdg demo`: the grid, with progress, and where it is."""
     world = world_of(args)
+    chosen: Chosen = "gallery" if args.gallery else "row" if args.row else "grid"
     with tqdm(desc="Drawing", unit="step") as bar:
-        picture = draw_demo(world, args.steps, lambda done, total: advance(bar, done, total), args.gallery)
+        picture = draw_demo(world, args.steps, lambda done, total: advance(bar, done, total), chosen)
     picture.save(args.out)
     print(f"Wrote {args.out.resolve()}")
 

@@ -11,7 +11,7 @@ import torch
 
 from sdg_core import commands
 from sdg_core.avatars import BUNDLED, LATENT, Pull, World, WorldName, load_world, open_world, sample, seeded_noise
-from sdg_core.avatars.demo import SEEDS, demo_rows, draw_grid
+from sdg_core.avatars.demo import GAP, SEEDS, TILE, demo_rows, draw_grid, draw_strip, strip_rows
 from sdg_core.avatars.jobs import hits, judge_accuracy
 from sdg_core.avatars.metrics import grain, layout_correlation
 from sdg_core.avatars.world import LATENT_MODELS, ROUTES
@@ -182,6 +182,19 @@ def test_the_order_of_guidances_does_not_matter_in_a_whole_run(exact_world):
     )
     apart, ulp = (float((one - two).abs().max()) for two in (other, changed))
     assert apart < max(1e-9, 100 * ulp)
+
+
+def test_demo_row_shows_every_guidance_its_references_and_labels_that_fit(latents):
+    rows = strip_rows(latents)
+    assert {pull.kind for pull in rows[-1].pulls} == set(DEFAULT_SCALE)
+    strip = draw_strip(rows, [torch.zeros(1, 3, 128, 128) for _ in rows])
+    side = 2 * TILE
+    assert strip.width == len(rows) * (side + GAP) - GAP
+    for x, row in enumerate(rows):
+        picture = strip.crop((x * (side + GAP), 0, x * (side + GAP) + side, side))
+        assert (len(picture.getcolors(side * side)) > 1) == any(isinstance(p.target, torch.Tensor) for p in row.pulls)
+        gap = strip.crop((x * (side + GAP) + side, 0, x * (side + GAP) + side + GAP, strip.height))
+        assert x == len(rows) - 1 or gap.getcolors() == [(GAP * strip.height, (255, 255, 255))]
 
 
 def test_demo_grid_has_a_row_for_every_guidance_and_room_for_every_label(latents):
