@@ -59,3 +59,13 @@ def test_what_only_training_needs_is_asked_for_where_it_is_missing(name, monkeyp
     monkeypatch.setattr("sdg_core.commands.bench.run", lambda args: extra(name))
     assert main(["bench"]) == 2
     assert capsys.readouterr().err.startswith(f"sdg: Fine-tuning needs {name}")
+
+
+def test_errors_that_the_readme_explains_read_as_written():
+    said = "".join(path.read_text() for room in ("nodes", "sdg_core") for path in (ROOT / room).rglob("*.py"))
+    plain = re.sub(r'"\s*\n\s*f?[\'"]', "", re.sub(r"\{[^{}]*\}", "…", said))  # one string of several, values left out
+    quoted = re.findall(r'^\| "(.+?)"', (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(quoted) >= 4
+    for words in quoted:
+        for part in filter(None, re.split(r"\s*…,?\s*", words)):
+            assert part in plain, f"{part!r} of README.md is no error's wording"
