@@ -39,6 +39,9 @@ AWAY = ({"glasses": True}, {"hat": True}, {"background": "blue"}, {"hair": "blac
 """What pictures are pushed away from: what unguided ones show now and then."""
 TOP = 0.5
 """The part of the picture, from its top, inside the mask: where hair is."""
+LATE, STRONG = (0.3, 1.0), 9.0
+"""Inside the mask: the interval, and the part of the default scale. What is decided in the noisiest steps the model
+carries over to all of the picture; guided later, it changes less outside, and takes more."""
 
 
 def control_rows(pool: Executor, settings: Settings, progress: Progress) -> list[Row]:
@@ -100,7 +103,9 @@ def _mask(pool: Executor, world: World, settings: Settings, progress: Callable[[
     side = world.renders.shape[-1]
     inside = (torch.arange(side) < TOP * side).float()[:, None].expand(side, side)
     wishes = [{"hair": value} for value in scored_values(world, "hair")]
-    jobs = spread_over([(replace(_text(world, wish), region=inside),) for wish in wishes], settings)
+    scale = STRONG * world.scales["text"]
+    pulls = [(replace(_text(world, wish), region=inside, interval=LATE, scale=scale),) for wish in wishes]
+    jobs = spread_over(pulls, settings)
     guided, plain = (x.clamp(-1, 1) for x in with_twins(pool, jobs, {}, settings, progress))
     change = (guided - plain).square().mean(dim=(0, 1))
     outside = float((change[inside == 0].mean() / change[inside == 1].mean()).sqrt())
