@@ -94,8 +94,8 @@ def test_a_hundred_times_the_default_scale_stays_finite(world, kind):
 def test_a_target_is_met_where_the_guidance_can(world, kind):
     """Nine tenths of the way from unguided to as far as a target takes it, by the noisy CLIP, at the default cap.
 
-    Content of the pixel world may stall before it, on another picture with every rounding; it is still pulled most of the
-    way there.
+    Content of the pixel world may stall before it, on another picture with every rounding; it is still pulled most of
+    the way there.
     """
     target = "a person with glasses and blue background" if kind == "text" else world.renders[0]
     term = replace(world.term(Pull(kind, target)), start=0.0, end=1.0)

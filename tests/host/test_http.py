@@ -212,7 +212,7 @@ def test_example_runs_as_it_is(server, info, name):
 
 @pytest.mark.parametrize("name", REPEATED)
 def test_example_gives_the_cores_picture(server, info, evaluate, name):
-    """At a hundredth of its scales within four of 255, but for one value in a thousand, where rounding grew along an edge:
+    """At a hundredth of its scales within four of 255, but for one value in a thousand, where rounding grew at an edge:
     at all of its scales guidance overshoots, and amplifies rounding everywhere."""
     prompt = tools.to_prompt(EXAMPLES[name], info)
     gentle = scaled(prompt, 0.01)
