@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .classifier import SDGClassifierGuidance, SDGLoadClassifier
+from .compare import SDGGuidanceXY, SDGXYGrid
 from .controls import (
     SDGGuidanceAugment,
     SDGGuidanceAway,
@@ -65,6 +66,8 @@ NODES: list[type[io.ComfyNode]] = [
     SDGApplyGuidance,
     SDGPaperSampler,
     SDGGuidanceReport,
+    SDGGuidanceXY,
+    SDGXYGrid,
     SDGFinetuneNoisyCLIP,
     SDGSaveNoisyCLIP,
     SDGLoadClassifier,

@@ -109,6 +109,20 @@ def to_weights(weights: str) -> tuple[float, ...]:
         ) from error
 
 
+def to_factors(factors: str, most: int) -> tuple[float, ...]:
+    """ "0, 0.5, 1" -> (0.0, 0.5, 1.0). Raises ValueError for anything but 1 to ``most`` finite numbers and commas."""
+    try:
+        numbers = tuple(float(part) for part in factors.split(",") if part.strip())
+    except ValueError:
+        numbers = ()
+    if not 0 < len(numbers) <= most or not all(map(math.isfinite, numbers)):
+        raise ValueError(
+            f"Got the factors {shown(factors)}; wanted 1 to {most} finite numbers, separated by commas. Write for "
+            "example 0, 0.5, 1, 2."
+        )
+    return numbers
+
+
 def to_points(points: str) -> tuple[tuple[float, float], ...]:
     """ "0:0, 0.3:1" -> ((0.0, 0.0), (0.3, 1.0)). Raises ValueError for anything but pairs of numbers and commas."""
     pairs = [tuple(part.split(":")) for part in points.split(",") if part.strip()]

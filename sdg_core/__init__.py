@@ -25,7 +25,7 @@ from .method import (
     guide,
 )
 from .models import ADMDenoiser, euler, euler_ancestral, guided, load_adm
-from .pictures import read_image, write_image
+from .pictures import draw_table, read_image, write_image
 
 __all__ = [
     "BUNDLED",
@@ -48,6 +48,7 @@ __all__ = [
     "TextGuidance",
     "World",
     "combine",
+    "draw_table",
     "euler",
     "euler_ancestral",
     "guide",

@@ -6,16 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..pictures import INK, PAPER, QUIET, to_picture
 from .world import Pull, World, sample, seeded_noise
 
 SEEDS = tuple(range(8))
 STRIP_SEED = 1
 TILE, GAP, LABEL, REFERENCE = 128, 8, 250, 144
-INK, PAPER, QUIET = "#1d1d1f", "#ffffff", "#6e6e73"
 
 
 @dataclass(frozen=True)
@@ -163,6 +162,5 @@ def draw_strip(rows: Sequence[DemoRow], pictures: Sequence[Tensor]) -> Image.Ima
 
 def tile(image: Tensor, side: int = TILE) -> Image.Image:
     """(3, S, S) in -1..1 as a side x side picture, its pixels kept square where it grows."""
-    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
     smaller = side < image.shape[-1]
-    return Image.fromarray(pixels).resize((side, side), Image.Resampling.BOX if smaller else Image.Resampling.NEAREST)
+    return to_picture(image).resize((side, side), Image.Resampling.BOX if smaller else Image.Resampling.NEAREST)

@@ -134,16 +134,26 @@ class Frontend:
 
     def place(self, words: str, x: float, y: float) -> None:
         """Double-clicks the canvas, searches, and puts the first node found there."""
-        self._search(x, y)
-        self.page.keyboard.type(words)
-        self.page.get_by_text(f"{words} (SDG)").first.wait_for()
-        before = self.page.evaluate("app.graph.nodes.length")
-        self.page.keyboard.press("Enter")
-        self.page.wait_for_function("count => app.graph.nodes.length > count", arg=before)
+        self._choose(words, x, y)
         self.page.mouse.move(x, y)
         self.page.wait_for_timeout(200)
         self.page.mouse.click(x, y)  # newer frontends hold the node at the pointer until then
         self.page.wait_for_timeout(200)
+
+    def _choose(self, words: str, x: float, y: float) -> None:
+        """A new node by the search; again where Enter came before its list was ready, as on a busy machine."""
+        before = self.page.evaluate("app.graph.nodes.length")
+        for _ in range(5):
+            self._search(x, y)
+            self.page.keyboard.type(words)
+            self.page.get_by_text(f"{words} (SDG)").first.wait_for()
+            self.page.keyboard.press("Enter")
+            for _ in range(50):
+                self.page.wait_for_timeout(100)
+                if self.page.evaluate("app.graph.nodes.length") > before:
+                    return
+            self.page.keyboard.press("Escape")
+        raise TimeoutError(f"The search for {words} gave no node.")
 
     def _search(self, x: float, y: float) -> None:
         """Opens the search by a double-click; again where the page was not ready for it."""

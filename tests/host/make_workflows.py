@@ -45,6 +45,11 @@ SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     "SDGGuidanceReport": (
         [("latent", "LATENT")], [("LATENT", "LATENT"), ("plot", "IMAGE"), ("text", "STRING"), ("json", "STRING")],
     ),
+    "SDGGuidanceXY": (
+        [(f"guidance_{i}", "SDG_GUIDANCE") for i in (1, 2, 3, 4)],
+        [("GUIDANCE", "SDG_GUIDANCE"), ("SWEEP", "SDG_SWEEP")],
+    ),
+    "SDGXYGrid": ([("images", "IMAGE"), ("sweep", "SDG_SWEEP")], [("IMAGE", "IMAGE")]),
     "SDGSavePreset": ([("guidance", "SDG_GUIDANCE")], []),
     "SDGLoadPreset": ([("noisy_clip", "NOISY_CLIP"), ("classifier", "SDG_CLASSIFIER")], [("GUIDANCE", "SDG_GUIDANCE")]),
     "SDGEncoderCrossfade": ([("noisy", "NOISY_CLIP"), ("clean", "NOISY_CLIP")], [("NOISY_CLIP", "NOISY_CLIP")]),
@@ -101,13 +106,13 @@ SIZES = {
     "SDGApplyGuidance": (320, 340), "SDGLoadNoisyCLIP": (300, 190),
     "VAEDecode": (300, 60), "ImageScale": (300, 140), "PreviewImage": (300, 300), "SaveImage": (560, 640),
     "Note": (340, 190), "SDGFinetuneNoisyCLIP": (360, 620), "SDGSaveNoisyCLIP": (300, 200),
-    "SDGILVRReference": (340, 180),
+    "SDGILVRReference": (340, 180), "SDGGuidanceXY": (340, 180), "SDGXYGrid": (300, 60),
 }  # fmt: skip
 NOTES = ("Note", "MarkdownNote")
 COLOURS = {
     "SDGLoad SDGEncoder SDGEmpty": ("#2a363b", "#3f5159"),
     "SDGText SDGContent SDGStructure SDGStyle SDGDirection SDGClassifier": ("#232", "#353"),
-    "SDGGuidanceReport SDGGuided SDGApply SDGPaper SDGILVR SDGFinetune SDGSaveNoisy": ("#323", "#535"),
+    "SDGGuidanceReport SDGXYGrid SDGGuided SDGApply SDGPaper SDGILVR SDGFinetune SDGSaveNoisy": ("#323", "#535"),
     "SDGGuidance SDGCombine SDGSavePreset": ("#223", "#335"),
     "Note MarkdownNote": ("#432", "#653"),
 }
@@ -653,6 +658,33 @@ def controls_example() -> None:
     graph.save("controls")
 
 
+def xy_example() -> None:
+    graph = Graph()
+    m = models(graph, "An XY plot: each guidance at each scale, from one seed. Guidance XY gives them one after the "
+                      "other, so that one sampler draws all; XY Grid puts them into one picture.\n\nChange first: the "
+                      "factors, finer around the best one; then the seed.")  # fmt: skip
+    image = reference(graph, m, 0, "a person with red hair, yellow background", 3, "1. A reference")
+    words = text(graph, m, (-800, 800), "a person with pink hair")
+    content = graph.add(
+        "SDGContentGuidance", "Content Guidance (SDG)", (-800, 1080), [*settings("content")],
+        noisy_clip=m.clip, image=image,
+    )  # fmt: skip
+    structure = graph.add(
+        "SDGStructureGuidance", "Structure Guidance (SDG)", (-800, 1260), [*settings("structure", STRUCTURE_LAYERS)],
+        noisy_clip=m.clip, image=image,
+    )  # fmt: skip
+    graph.group("2. What to compare", -820, 720, 780, 760)
+    plan = graph.add(
+        "SDGGuidanceXY", "Guidance XY (SDG)", (-400, 800), ["0, 0.2, 0.5, 1, 2"],
+        guidance_1=words, guidance_2=content, guidance_3=structure,
+    )  # fmt: skip
+    graph.group("3. Every guidance at every factor", 380, 720, 1740, 840)
+    image = sampler(graph, m, (800, 800), plan, 1, 0)
+    grid = graph.add("SDGXYGrid", "XY Grid (SDG)", (1160, 920), [], images=image, sweep=plan)
+    shown(graph, grid, (1500, 800), "xy")
+    graph.save("xy")
+
+
 EXAMPLES = [
     controls_example,
     classifier_example,
@@ -669,6 +701,7 @@ EXAMPLES = [
     content_example,
     style_and_structure_example,
     text_and_image_example,
+    xy_example,
 ]
 
 if __name__ == "__main__":

@@ -17,7 +17,10 @@ from server import ROOT, install, needs_download, serve, to_prompt
 
 
 def grid(pictures: list[Image.Image], gap: int = 8) -> Image.Image:
-    """Two columns on white, each picture 256 px wide."""
+    """Two columns on white, each picture 256 px wide; one picture alone as it is, as wide as two."""
+    if len(pictures) == 1:
+        (alone,) = pictures
+        return alone.resize((2 * 256, round(2 * 256 * alone.height / alone.width)), Image.Resampling.LANCZOS)
     pictures = [picture.resize((256, 256), Image.Resampling.LANCZOS) for picture in pictures]
     w, h = pictures[0].size
     rows = (len(pictures) + 1) // 2

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import itertools
 import json
 import re
 import shutil
@@ -26,6 +27,7 @@ from sdg_core import avatars as worlds
 from sdg_core import method as guidance
 from sdg_core import models
 from sdg_core.method import Strength
+from sdg_core.pictures import draw_table
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "example_workflows").glob("*.json"))}
@@ -43,6 +45,8 @@ JOINED, OTHER_SAMPLERS = ["encoder_crossfade"], ["paper"]
 """Two more: one looks through two views at once, which test_latent holds; one is sampled by SamplerCustom, as
 test_sampling is."""
 OF_PIXELS = ["pixels", "paper"]
+PLANS = ["xy"]
+"""Examples that give one picture of many runs."""
 REPEATED = [name for name in BUNDLED if name not in (*TRAINING, *TIMED, *JOINED, *OTHER_SAMPLERS)]
 CONTROLS = {
     "SDGGuidanceSchedule": lambda term, values: replace(term, curves=(curve_of(values),), every=values["every"]),
@@ -166,8 +170,24 @@ def evaluate(installed) -> Callable[[dict, str], Tensor]:
         result[..., : part["height"], : part["width"]] += part["value"]
         return result
 
+    def table(values: dict, prompt: dict) -> Tensor:
+        """(1, 3, H, W): what a list of runs gives, run by run: each with one guidance at one factor for the sweep."""
+        plan = values["sweep"][0]
+        rows = [prompt[plan]["inputs"][f"guidance_{i}"][0] for i in (1, 2, 3)]
+        factors = [float(factor) for factor in prompt[plan]["inputs"]["factors"].split(",")]
+        cells = []
+        for row, factor in itertools.product(rows, factors):
+            one = {"class_type": "SDGCombineGuidance", "inputs": {"guidance_1": [row, 0], "weight_1": factor}}
+            cells.append(go(prompt | {plan: one}, values["images"][0]))
+        names = [f"{n}. {guidance.name_of(go(prompt, row)[0])}" for n, row in enumerate(rows, 1)]
+        cells = torch.cat(cells).unflatten(0, (len(rows), len(factors)))
+        drawn = np.asarray(draw_table(cells, names, [f"x {factor:g}" for factor in factors])) / 127.5 - 1
+        return torch.from_numpy(drawn).movedim(-1, 0)[None]
+
     def go(prompt: dict, number: str):
         kind, values = prompt[number]["class_type"], prompt[number]["inputs"]
+        if kind == "SDGXYGrid":
+            return table(values, prompt)
         if kind == "SDGGuidedKSampler":
             return sample(values, prompt)
         if kind == "SDGCombineGuidance":
@@ -206,6 +226,9 @@ def test_example_runs_as_it_is(server, info, name):
     entry = server.run(tools.to_prompt(EXAMPLES[name], info))
     assert entry["status"]["status_str"] == "success", entry["status"]
     seen = [pixels(file) for file in server.pictures(entry)]
+    if name in PLANS:
+        assert [picture.shape[0] > 3 * 128 and picture.shape[1] > 5 * 128 for picture in seen] == [True]
+        return
     assert [picture.shape for picture in seen] == [(256, 256, 3) if name in OF_PIXELS else (128, 128, 3)] * 4
     assert len({picture.tobytes() for picture in seen}) == 4
 

@@ -23,6 +23,7 @@ IDS = {
     "SDGLoadClassifier", "SDGClassifierGuidance",
     "SDGILVRReference",
     "SDGGuidanceReport",
+    "SDGGuidanceXY", "SDGXYGrid",
     "SDGSavePreset", "SDGLoadPreset",
 }  # fmt: skip
 

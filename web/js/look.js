@@ -24,10 +24,10 @@ const KINDS = {
   modifier: [
     "SDGCombineGuidance", "SDGGuidanceFrames", "SDGGuidanceSchedule", "SDGGuidanceSpeed", "SDGGuidanceMask",
     "SDGGuidanceTarget", "SDGGuidanceAway", "SDGGuidanceReferences", "SDGGuidanceAugment", "SDGGuidanceBudget",
-    "SDGSavePreset",
+    "SDGSavePreset", "SDGGuidanceXY",
   ],
   sampler: [
-    "SDGGuidedKSampler", "SDGApplyGuidance", "SDGPaperSampler", "SDGGuidanceReport", "SDGILVRReference",
+    "SDGGuidedKSampler", "SDGApplyGuidance", "SDGPaperSampler", "SDGGuidanceReport", "SDGILVRReference", "SDGXYGrid",
     "SDGFinetuneNoisyCLIP", "SDGSaveNoisyCLIP",
   ],
 };
