@@ -240,8 +240,15 @@ def sight_of(clean: CleanCLIP, size: int, model: comfy.model_patcher.ModelPatche
     def encode(picture: Tensor) -> Tensor:
         with torch.inference_mode():
             latents = vae.encode(((picture + 1) / 2).movedim(1, -1))
-            latents = latent.process_in(latents[:, :, 0] if latents.ndim == 5 else latents)
-        return latents.clone().to(picture)
+            if latents.shape[1] != latent.latent_channels:
+                raise ValueError(
+                    f"Got a VAE that encodes to {latents.shape[1]} channels; the latents of this model have "
+                    f"{latent.latent_channels}. Connect the VAE that belongs to the model."
+                )
+            if latents.ndim == 4 and getattr(latent, "latent_dimensions", 2) == 3:
+                latents = latents[:, :, None]
+            latents = latent.process_in(latents)
+        return (latents[:, :, 0] if latents.ndim == 5 else latents).clone().to(picture)
 
     return StudentSight(size or clean.noise_size, view, encode, host.downscale_of(latent))
 

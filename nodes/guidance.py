@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -23,7 +24,7 @@ from ..sdg_core.method import (
     combine,
 )
 from . import defaults, host
-from .inputs import check_finite, shown, to_frames, to_layers, to_prompt, to_references
+from .inputs import check_finite, shown, to_frames, to_layers, to_lines, to_prompt, to_references
 from .loaders import NoisyCLIPSocket
 
 GuidanceSocket = io.Custom("SDG_GUIDANCE")
@@ -115,15 +116,17 @@ def guidance_output() -> io.Output:
 
 def terms_of(
     noisy_clip: host.NoisyCLIPValue,
-    make: Callable[[ModelPatcher], Guidance],
     scale: float,
     start: float,
     end: float,
+    *made: Callable[[ModelPatcher], Guidance],
 ) -> io.NodeOutput:
-    """One guidance as a node's output: a term for each encoder of the socket, ``make`` called with its patcher."""
+    """A node's output: of each guidance a term for each encoder of the socket, ``made`` called with its patcher."""
     check_finite(scale=scale)
     parts = host.encoder_parts(noisy_clip)
-    terms = tuple(Term(make(patcher), patcher.model, scale, start, end, fade) for patcher, fade in parts)
+    terms = tuple(
+        Term(make(patcher), patcher.model, scale, start, end, fade) for make in made for patcher, fade in parts
+    )
     return io.NodeOutput(host.HostGuidance(terms, tuple(patcher for patcher, _ in parts)))
 
 
@@ -142,7 +145,8 @@ class SDGTextGuidance(io.ComfyNode):
                     "text",
                     multiline=True,
                     default="a person with red hair and glasses, blue background",
-                    tooltip="What the picture should show, in words that the encoder knows.",
+                    tooltip="What the picture should show, in words that the encoder knows. One wish a line is "
+                    "followed better than many in one sentence.",
                 ),
                 scale_input(
                     defaults.TEXT_SCALE,
@@ -171,16 +175,16 @@ class SDGTextGuidance(io.ComfyNode):
         end_percent: float,
         negative: str = "",
     ) -> io.NodeOutput:
-        prompt = to_prompt(text)
         negatives = (negative.strip(),) if negative.strip() else ()
 
-        def make(patcher: ModelPatcher) -> TextGuidance:
+        def make(line: str, patcher: ModelPatcher) -> TextGuidance:
             encoder = host.load_encoder(patcher)
             with torch.no_grad():
                 against = encoder.encode_text(list(negatives)) if negatives else None
-                return TextGuidance(encoder.encode_text([prompt]), False, (prompt,), against, negatives)
+                return TextGuidance(encoder.encode_text([line]), False, (line,), against, negatives)
 
-        return terms_of(noisy_clip, make, scale, start_percent, end_percent)
+        made = (functools.partial(make, line) for line in to_lines(text))
+        return terms_of(noisy_clip, scale, start_percent, end_percent, *made)
 
 
 class SDGContentGuidance(io.ComfyNode):
@@ -210,7 +214,7 @@ class SDGContentGuidance(io.ComfyNode):
         cls, noisy_clip: host.NoisyCLIPValue, image: Tensor, scale: float, start_percent: float, end_percent: float
     ) -> io.NodeOutput:
         guidance = ContentGuidance(to_references(image))
-        return terms_of(noisy_clip, lambda patcher: guidance, scale, start_percent, end_percent)
+        return terms_of(noisy_clip, scale, start_percent, end_percent, lambda patcher: guidance)
 
 
 class SDGStructureGuidance(io.ComfyNode):
@@ -255,7 +259,7 @@ class SDGStructureGuidance(io.ComfyNode):
         def make(patcher: ModelPatcher) -> StructureGuidance:
             return StructureGuidance(references, check_layers(numbers, patcher.model))
 
-        return terms_of(noisy_clip, make, scale, start_percent, end_percent)
+        return terms_of(noisy_clip, scale, start_percent, end_percent, make)
 
 
 class SDGStyleGuidance(io.ComfyNode):
@@ -307,7 +311,7 @@ class SDGStyleGuidance(io.ComfyNode):
         def make(patcher: ModelPatcher) -> StyleGuidance:
             return StyleGuidance(references, check_layers(numbers, patcher.model), centred)
 
-        return terms_of(noisy_clip, make, scale, start_percent, end_percent)
+        return terms_of(noisy_clip, scale, start_percent, end_percent, make)
 
 
 class SDGDirectionGuidance(io.ComfyNode):
@@ -362,7 +366,7 @@ class SDGDirectionGuidance(io.ComfyNode):
                 before, after = host.load_encoder(patcher).encode_text(prompts).split(1)
             return DirectionGuidance(references, after - before, tuple(prompts))
 
-        return terms_of(noisy_clip, make, scale, start_percent, end_percent)
+        return terms_of(noisy_clip, scale, start_percent, end_percent, make)
 
 
 class SDGCombineGuidance(io.ComfyNode):

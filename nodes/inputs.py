@@ -8,6 +8,7 @@ import re
 import torch
 from torch import Tensor
 
+MOST_LINES = 32
 SHOWN = 60
 """Characters of a value that an error message shows."""
 
@@ -82,6 +83,16 @@ def to_prompt(text: str) -> str:
     if not text.strip():
         raise ValueError("Got an empty text; wanted a description of the picture. Write one, or take this node out.")
     return text.strip()
+
+
+def to_lines(text: str) -> tuple[str, ...]:
+    """The lines of a text that hold something, without blank ends. Raises ValueError for none, and for very many."""
+    lines = tuple(line.strip() for line in to_prompt(text).splitlines() if line.strip())
+    if len(lines) > MOST_LINES:
+        raise ValueError(
+            f"Got a text of {len(lines)} lines; wanted {MOST_LINES} at most, since each is a text by itself. Join some."
+        )
+    return lines
 
 
 def to_layers(layers: str) -> tuple[int, ...]:

@@ -15,10 +15,31 @@ from ..sdg_core.encoders import NoisyCLIP, load_noisy_clip, open_clip_models, wi
 from ..sdg_core.method import Fade
 from ..sdg_core.models import load_tiny_autoencoder
 from . import host
-from .inputs import check_finite
+from .inputs import check_finite, shown
 
 NoisyCLIPSocket = io.Custom("NOISY_CLIP")
 DOWNLOAD = "download by tag"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def precision_input() -> io.Input:
+    """New inputs come last, so that saved workflows keep their order."""
+    return io.Combo.Input(
+        "precision",
+        options=list(PRECISIONS),
+        default="fp32",
+        optional=True,
+        tooltip="Of the image tower. bf16: half the memory, up to twice as fast where the processor or card knows it; "
+        "the gradient turns by about ten degrees.",
+        extra_dict={"advanced": True},
+    )
+
+
+def to_precision(precision: str) -> torch.dtype:
+    """The dtype of a widget. Raises ValueError for other words."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"Got the precision {shown(precision)}; wanted one of: {', '.join(PRECISIONS)}. Choose one.")
+    return PRECISIONS[precision]
 
 
 class SDGLoadNoisyCLIP(io.ComfyNode):
@@ -43,21 +64,25 @@ class SDGLoadNoisyCLIP(io.ComfyNode):
                     tooltip="A CLIP from Load CLIP whose text tower is used, for files that come without one. "
                     "Published checkpoints: RN50x16.",
                 ),
+                precision_input(),
             ],
             outputs=[NoisyCLIPSocket.Output("NOISY_CLIP", tooltip="Connect to the guidance nodes.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, noisy_clip_name: str, text_from: None = None) -> str:
+    def fingerprint_inputs(cls, noisy_clip_name: str, text_from: None = None, precision: str = "fp32") -> str:
         return host.fingerprint("noisy_clip", noisy_clip_name)
 
     @classmethod
-    def execute(cls, noisy_clip_name: str, text_from: host.NoisyCLIPValue | None = None) -> io.NodeOutput:
-        path = host.model_path("noisy_clip", noisy_clip_name)
+    def execute(
+        cls, noisy_clip_name: str, text_from: host.NoisyCLIPValue | None = None, precision: str = "fp32"
+    ) -> io.NodeOutput:
+        path, dtype = host.model_path("noisy_clip", noisy_clip_name), to_precision(precision)
         with torch.inference_mode(False):
             encoder = load_noisy_clip(path)
             if text_from is not None:
                 encoder = with_text(encoder, host.single_encoder(text_from, "text_from").model)
+            encoder.compute_in(dtype)
             return io.NodeOutput(host.patch_module(encoder))
 
 
@@ -91,18 +116,20 @@ class SDGLoadCLIP(io.ComfyNode):
                     tooltip="For download by tag: open_clip's tag of the weights, such as openai or laion2b_s34b_b79k. "
                     "They go to models/open_clip when this node runs.",
                 ),
+                precision_input(),
             ],
             outputs=[NoisyCLIPSocket.Output("NOISY_CLIP", tooltip="Connect to the guidance nodes.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, clip_name: str, architecture: str, pretrained: str) -> str:
+    def fingerprint_inputs(cls, clip_name: str, architecture: str, pretrained: str, precision: str = "fp32") -> str:
         if clip_name == DOWNLOAD:
             return f"{architecture}/{pretrained}"
         return f"{architecture}/{host.fingerprint('open_clip', clip_name)}"
 
     @classmethod
-    def execute(cls, clip_name: str, architecture: str, pretrained: str) -> io.NodeOutput:
+    def execute(cls, clip_name: str, architecture: str, pretrained: str, precision: str = "fp32") -> io.NodeOutput:
+        dtype = to_precision(precision)
         with torch.inference_mode(False):
             if clip_name == host.BUNDLED_NAME:
                 clip = load_bundled_clip(host.model_path("open_clip", clip_name))
@@ -110,6 +137,7 @@ class SDGLoadCLIP(io.ComfyNode):
                 clip = open_clip_models.download(architecture, pretrained, host.download_folder("open_clip"))
             else:
                 clip = open_clip_models.load_file(architecture, host.model_path("open_clip", clip_name))
+            clip.compute_in(dtype)
             return io.NodeOutput(host.patch_module(clip))
 
 

@@ -92,13 +92,22 @@ class Suite:
 TextRows = Callable[[Tensor, Tensor, Tensor, Tensor, list[Job]], list[Row]]
 
 
-def text_suite(world: World, wishes: list[dict[str, int]], settings: Settings, rows: TextRows) -> Suite:
-    """Prompts that name the wished attributes; ``rows(hits, twin hits, pictures, twins, jobs)`` reads the outcome."""
-    values = world.judge.attributes
-    prompts = [(Pull("text", prompt({k: values[k][v] for k, v in wish.items()})),) for wish in wishes]
-    jobs = spread_over(prompts, settings)
-    by_prompt = {pulls[0].target: wish for pulls, wish in zip(prompts, wishes, strict=True)}
-    asked = [by_prompt[job.pulls[0].target] for job in jobs for _ in job.seeds]
+def text_suite(
+    world: World, wishes: list[dict[str, int]], settings: Settings, rows: TextRows, sentence: bool = False
+) -> Suite:
+    """Texts that name the wished attributes, one a line or all in one sentence.
+
+    ``rows(hits, twin hits, pictures, twins, jobs)`` reads the outcome.
+    """
+
+    def lines(wish: dict[str, int]) -> list[str]:
+        named = {k: world.judge.attributes[k][v] for k, v in wish.items()}
+        return [prompt(named)] if sentence else [prompt({k: v}) for k, v in named.items()]
+
+    pulls = [tuple(Pull("text", line) for line in lines(wish)) for wish in wishes]
+    jobs = spread_over(pulls, settings)
+    wish_of = dict(zip(pulls, wishes, strict=True))
+    asked = [wish_of[job.pulls] for job in jobs for _ in job.seeds]
 
     def read(images: Tensor, twins: Tensor) -> list[Row]:
         images, twins = images.clamp(-1, 1), twins.clamp(-1, 1)
@@ -156,8 +165,8 @@ def three_attributes(world: World, settings: Settings) -> list[Suite]:
 
 
 def joined(world: World, settings: Settings, count: Literal["two", "three"], bar: float) -> list[Suite]:
-    """`text/<count> attributes`: 32 joined prompts, drawn by the block, from all sets of different attributes that some
-    held-out render shows."""
+    """`text/<count> attributes`, a line of text for each, and `.../one sentence`, all of them joined: 32 sets, drawn by
+    the block, from all those of different attributes that some held-out render shows."""
     names = [name for name in ATTRIBUTES if judge_accuracy(world)[name] >= JUDGE_BAR]
     sets = itertools.combinations(names, {"two": 2, "three": 3}[count])
     wishes = [
@@ -168,10 +177,14 @@ def joined(world: World, settings: Settings, count: Literal["two", "three"], bar
     wishes = [wish for wish in wishes if possible(world, wish)]
     order = torch.randperm(len(wishes), generator=torch.Generator().manual_seed(settings.block))[:32]
 
-    def rows(hit: Tensor, twin_hit: Tensor, *_: object) -> list[Row]:
-        return [Row(f"text/{count} attributes", len(hit), float(hit.mean()), float(twin_hit.mean()), bar)]
+    def rows(sentence: bool, hit: Tensor, twin_hit: Tensor, *_: object) -> list[Row]:
+        name = f"text/{count} attributes" + ("/one sentence" if sentence else "")
+        return [Row(name, len(hit), float(hit.mean()), float(twin_hit.mean()), None if sentence else bar)]
 
-    return [text_suite(world, [wishes[i] for i in order.tolist()], settings, rows)]
+    drawn = [wishes[i] for i in order.tolist()]
+    return [
+        text_suite(world, drawn, settings, functools.partial(rows, sentence), sentence) for sentence in (False, True)
+    ]
 
 
 def reference_suite(
@@ -387,11 +400,13 @@ DETAILS: dict[str, SuiteMaker] = {
     ),
 }
 """What is measured of the noisy encoder besides, with more references."""
-LATENT_BARS = {
+LATENT_BARS: dict[str, float | None] = {
     "text": 0.8,
     "text/one attribute": 0.95,
     "text/two attributes": 0.85,
     "text/three attributes": 0.7,
+    "text/two attributes/one sentence": None,
+    "text/three attributes/one sentence": None,
     "text/expression": 0.75,
     "text/length": 0.75,
     "diversity": 0.8,

@@ -2,13 +2,15 @@
 depend on them.
 
 Ratios to text guidance, whose one pass there and back through the whole encoder is the floor: of several guidances, of
-shallow layers, of batches, of references. References are cached unless a row says "first run".
+shallow layers, of batches, of references, of the image tower in bf16, with the angle by which that turns the
+correction. References are cached unless a row says "first run".
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import open_clip
@@ -29,7 +31,7 @@ from ..method import (
     unit,
 )
 from ..method.targets import cache_of
-from .rows import Row, Task, by_turns
+from .rows import Row, by_turns
 
 SIDE = 224
 SIGMA = 2.0
@@ -63,16 +65,17 @@ class Bed:
         x, denoised = (torch.randn(batch, 3, side, side, generator=generator).to(device) for _ in range(2))
         return cls(encoder, x, denoised)
 
-    def step(self, *guidances: Guidance, first: bool = False) -> Task:
-        """One guided step of these, without the model; ``first``: as in the first run, with no reference cached."""
+    def step(self, *guidances: Guidance, first: bool = False) -> Callable[[], Tensor | None]:
+        """One guided step of these, without the model: its correction; ``first``: as in the first run, with no
+        reference cached."""
         terms = tuple(Term(guidance, self.encoder, 100.0) for guidance in guidances)
         run = GuidanceRun(terms, Convention.VE, lambda p: 10 * (1 - p))
         sigma = torch.full((len(self.x),), SIGMA)
 
-        def once() -> None:
+        def once() -> Tensor | None:
             if first:
                 cache_of(self.encoder).clear()
-            guidance_shift(self.denoised, self.x, sigma, run)
+            return guidance_shift(self.denoised, self.x, sigma, run)
 
         return once
 
@@ -96,9 +99,13 @@ def step_rows(rounds: int, architecture: str = "RN50", batches: Sequence[int] = 
     """The rows that the module names."""
     encoder = noisy_clip(architecture)
     bed, new = Bed.of(encoder), Bed.of(copy.deepcopy(encoder))  # a cache for each
+    rounded = copy.deepcopy(encoder)
+    rounded.compute_in(torch.bfloat16)
+    coarse = Bed.of(rounded)
     whole, parts = four(encoder), {"content": 1, "structure": 2, "style": 3}
     tasks = {
         "text": bed.step(whole[0]),
+        "text, bf16": coarse.step(whole[0]),
         "four": bed.step(*whole),
         "four, first run": new.step(*whole, first=True),
         "style, layers 1 to 3": bed.step(StyleGuidance(picture(4), SHALLOW)),
@@ -123,6 +130,8 @@ def step_rows(rounds: int, architecture: str = "RN50", batches: Sequence[int] = 
     return [
         Row("text_ms", 1000 * base, "ms", rounds),
         *(ratio(name, took[task] / base) for name, task in names.items()),
+        ratio("bf16_over_fp32", took["text, bf16"] / base),
+        Row("bf16_degrees", degrees(bed.step(whole[0])(), coarse.step(whole[0])()), "degrees", 1),
         *(ratio(f"{name}_over_text", took[name] / base) for name in ("content", "structure")),
         *(ratio(f"{name}_over_text_first_run", took[f"{name}, first run"] / base) for name in parts),
         *(ratio(f"references_{n}_over_1", took[f"content, {n} references"] / took["content, 1 references"])
@@ -131,3 +140,10 @@ def step_rows(rounds: int, architecture: str = "RN50", batches: Sequence[int] = 
         *(ratio(f"side_{side}_over_{SIDE}", grown[f"{side} px"] / grown[f"{SIDE} px"])
           for side in (2 * SIDE, 4 * SIDE)),
     ]  # fmt: skip
+
+
+def degrees(a: Tensor | None, b: Tensor | None) -> float:
+    """The angle between two corrections."""
+    assert a is not None
+    assert b is not None
+    return math.degrees(math.acos(min(1.0, float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)))))

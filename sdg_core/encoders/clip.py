@@ -80,10 +80,18 @@ class CleanCLIP(nn.Module):
 
     def prepare(self, image: Tensor) -> Tensor:
         """Pictures of any size in -1..1 -> the tower's size, normalised as CLIP's training was."""
-        image = image.to(next(self.tower.parameters()).dtype)
+        dtype = next(self.tower.parameters()).dtype
+        image = image.to(torch.promote_types(dtype, torch.float32))
         image = resize(resize(image, self.noise_size), self.image_size)
         mean, std = (placed.like(image).view(1, 3, 1, 1) for placed in self._placed)
-        return ((image + 1) / 2 - mean) / std
+        return (((image + 1) / 2 - mean) / std).to(dtype)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Keeps the image tower's weights in another precision, and computes in it.
+
+        What is compared of features is float32 all the same; the text tower and the conditioning stay as they are.
+        """
+        self.tower.to(dtype)
 
     def noise_gain(self, height: int, width: int) -> float:
         """What ``prepare`` does to white noise of a picture this size before the tower's own enlargement: a factor on

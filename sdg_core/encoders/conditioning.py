@@ -69,8 +69,8 @@ def fold(norms: Sequence[tuple[str, Norm]], modulation: Modulation) -> dict[str,
     folded = {}
     for (name, layer), (scale, shift) in zip(norms, modulation, strict=True):
         gain = 1 + scale[0]
-        folded[f"{name}.weight"] = layer.weight * gain
-        folded[f"{name}.bias"] = layer.bias * gain + shift[0]
+        folded[f"{name}.weight"] = (layer.weight * gain).to(layer.weight.dtype)
+        folded[f"{name}.bias"] = (layer.bias * gain + shift[0]).to(layer.bias.dtype)
     return folded
 
 
@@ -94,6 +94,6 @@ def _modulate(scale: Tensor, shift: Tensor) -> Callable[[nn.Module, tuple[Tensor
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
         channels_last = isinstance(layer, nn.LayerNorm) and not isinstance(layer, LayerNorm2d)
         shape = (len(scale),) + ((1,) * (y.ndim - 2) + (-1,) if channels_last else (-1,) + (1,) * (y.ndim - 2))
-        return torch.addcmul(shift.view(shape), y, 1 + scale.view(shape))
+        return torch.addcmul(shift.view(shape), y, 1 + scale.view(shape)).to(y.dtype)
 
     return hook

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..method import Features, TimestepTable, joined, version_of
+from ..method import Features, TimestepTable, joined, precise, version_of
 from .clip import CLIP_MEAN, CLIP_STD, CleanCLIP, Unfilled, tokenizer_of
 from .conditioning import Norm, TimeConditioning, TokenConditioning, fold, modulated
 from .towers import ViTTower
@@ -160,7 +160,7 @@ class NoisyCLIP(CleanCLIP):
         """One pass for a token (1, C) that all share, otherwise one for each sample: the tower knows one token."""
         rows = torch.split(image, len(image) if len(tokens) == 1 else 1)
         parts: list[Features] = [
-            functional_call(self.tower, {"visual.class_embedding": token}, (some, depth))
+            functional_call(self.tower, {"visual.class_embedding": token.to(some.dtype)}, (some, depth))
             for token, some in zip(tokens, rows, strict=True)
         ]
         return parts[0] if len(parts) == 1 else joined(parts)
@@ -176,7 +176,8 @@ def from_clean(clean: CleanCLIP, **settings: Any) -> NoisyCLIP:
     clip = copy.deepcopy(clean.text)
     clip.visual = copy.deepcopy(clean.tower.visual)
     config = NoisyCLIPConfig(clip=clean.build, mean=clean.mean, std=clean.std, **settings)
-    return NoisyCLIP(config, clip).to(next(clean.tower.parameters())).eval()
+    weight = precise(next(clean.tower.parameters()))  # halves learn nothing small
+    return NoisyCLIP(config, clip).to(weight).eval()
 
 
 def with_text(encoder: NoisyCLIP, clip: CleanCLIP) -> NoisyCLIP:

@@ -111,6 +111,7 @@ def small(monkeypatch):
 def test_step_rows_have_the_promised_names(small):
     names = {row.name: row for row in steps.step_rows(1, batches=(1, 2))}
     assert {"four_over_one", "four_over_one_first_run", "style_over_text", "batch_2_per_picture"} <= set(names)
+    assert {"bf16_over_fp32", "bf16_degrees"} <= set(names)
     assert all(row.value > 0 for row in names.values())
 
 

@@ -179,3 +179,33 @@ def test_a_latent_model_gives_its_linear_view(pack, run, latent_adm, autoencoder
         x_0 = made.clean(picture, torch.tensor([True, True]))
     assert x_0.shape == (2, 3, 16, 16)
     assert not x_0.is_inference()
+
+
+class FramesVAE:
+    """A VAE of videos: one frame of so many channels, an eighth as large."""
+
+    def __init__(self, channels: int, frames: bool = True) -> None:
+        self.channels, self.frames = channels, frames
+
+    def encode(self, picture: torch.Tensor) -> torch.Tensor:
+        count, height, width, _ = picture.shape
+        shape = (count, self.channels, *([1] if self.frames else []), height // 8, width // 8)
+        return torch.ones(shape)
+
+
+@pytest.mark.parametrize("frames", [True, False])
+def test_a_video_models_pictures_are_learned_as_its_own_latents(pack, comfy, frames):
+    """One frame each, in the scaling that the format has for videos."""
+    space = comfy.latent_formats.Wan21()
+
+    class Model:
+        def get_model_object(self, name: str) -> object:
+            return space
+
+    made = pack.finetune.sight_of(load_bundled_clip(), 16, Model(), FramesVAE(16, frames))
+    picture = torch.zeros(2, 3, 64, 64)
+    wanted = space.process_in(torch.ones(2, 16, 1, 8, 8))[:, :, 0]
+    assert torch.equal(made.encode(picture), wanted)
+    other = pack.finetune.sight_of(load_bundled_clip(), 16, Model(), FramesVAE(4, frames))
+    with pytest.raises(ValueError, match=r"encodes to 4 channels; the latents of this model have 16.* Connect the VAE"):
+        other.encode(picture)

@@ -126,6 +126,38 @@ def text(run, noisy_clip):
     return run("SDGTextGuidance", noisy_clip=noisy_clip, text="a", scale=9.0, **WHOLE)
 
 
+def test_every_line_of_a_text_is_a_text_by_itself(run, adm, noisy_clip):
+    texts = {"noisy_clip": noisy_clip, "scale": 9.0, "negative": "a", **WHOLE}
+    lines = run("SDGTextGuidance", text=" a red hat\n\n  on a table ", **texts)
+    parts = [run("SDGTextGuidance", text=text, **texts) for text in ("a red hat", "on a table")]
+    both = run("SDGCombineGuidance", guidance_1=parts[0], guidance_2=parts[1])
+    latent = torch.zeros(1, 3, 16, 16)
+    first, second, one = (sampled(run, adm, g, latent)["samples"] for g in (lines, both, parts[0]))
+    assert [term.guidance.texts for term in lines.terms] == [("a red hat",), ("on a table",)]
+    assert torch.equal(first, second)
+    assert not torch.equal(first, one)
+    wrong(run, "Got a text of 33 lines; wanted 32 at most", "SDGTextGuidance", text="a\n" * 33, **texts)
+
+
+def test_encoders_in_bf16_guide_a_little_otherwise_and_keep_their_texts(pack, run, adm, clean_clip):
+    loaders = {
+        "SDGLoadNoisyCLIP": {"noisy_clip_name": "random.safetensors"},
+        "SDGLoadCLIP": {"clip_name": pack.host.BUNDLED_NAME, "architecture": "RN50", "pretrained": ""},
+    }
+    for node, inputs in loaders.items():
+        pictures = {}
+        for precision in ("fp32", "bf16"):
+            encoder = run(node, precision=precision, **inputs)
+            assert {str(p.dtype) for p in encoder.model.tower.parameters()} == {
+                {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[precision]
+            }
+            picture, moved = guided(run, adm, "SDGTextGuidance", noisy_clip=encoder, text="a red hat")
+            pictures[precision] = picture
+        off = float((pictures["bf16"] - pictures["fp32"]).abs().mean())
+        assert 0 < off < moved
+        wrong(run, "Got the precision 'fp8'; wanted one of: fp32, bf16", node, precision="fp8", **inputs)
+
+
 @pytest.fixture
 def other_model(comfy, adm):
     """The ADM passed off as a model with another latent format or another kind of sampling."""
