@@ -40,7 +40,7 @@ from .world import Pull, Sampler, World
 
 AWAY = ({"glasses": True}, {"hat": True}, {"background": "blue"}, {"hair": "black"})
 """What pictures are pushed away from: what unguided ones show now and then."""
-AWAY_INTERVAL, AWAY_PART = (0.1, 1.0), 9.0
+AWAY_INTERVAL, AWAY_PART = (0.1, 1.0), 7.2
 """Where pictures are pushed away, and by which part of the default scale: what shows little has little to lose."""
 
 
@@ -58,8 +58,8 @@ class Spot(NamedTuple):
     strength: float
 
 
-EYES = Spot("glasses", (0.3, 0.6), (0.4, 1.0), 18.0)
-TOP = Spot("hair", (0.0, 0.5), (0.3, 1.0), 9.0)
+EYES = Spot("glasses", (0.3, 0.6), (0.4, 1.0), 14.4)
+TOP = Spot("hair", (0.0, 0.5), (0.3, 1.0), 7.2)
 MASK_SAMPLER: Sampler = "euler"
 """Adds no noise of its own, which would make differences grow everywhere."""
 

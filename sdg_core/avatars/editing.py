@@ -36,7 +36,7 @@ from .world import Change, Pull, World
 
 DENOISE, DIRECTION, KEEP = 0.8, 600.0, 100.0
 """Of the edit: denoise, and the scales of direction and structure guidance."""
-REGIONS, LONGER = 10.0, (0.0, 0.95)
+REGIONS, LONGER = 8.0, (0.0, 0.95)
 """Of two regions: parts of the default scale, since half a picture shows an encoder less, and the interval: the model
 evens them out in its last steps. More, or longer, tells the halves apart better and smears faces."""
 WITHOUT = 1.0
