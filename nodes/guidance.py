@@ -205,15 +205,27 @@ class SDGContentGuidance(io.ComfyNode):
                     "negative pushes away (better: Guidance Away). Usual: 100 to 500.",
                 ),
                 *interval_inputs(*defaults.CONTENT_INTERVAL),
+                io.Image.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="Pictures to pull away from, half as strongly. Best: 8 to 16 that the model draws "
+                    "unguided; what sets the image apart counts more then.",
+                ),
             ],
             outputs=[guidance_output()],
         )
 
     @classmethod
     def execute(
-        cls, noisy_clip: host.NoisyCLIPValue, image: Tensor, scale: float, start_percent: float, end_percent: float
+        cls,
+        noisy_clip: host.NoisyCLIPValue,
+        image: Tensor,
+        scale: float,
+        start_percent: float,
+        end_percent: float,
+        negative: Tensor | None = None,
     ) -> io.NodeOutput:
-        guidance = ContentGuidance(to_references(image))
+        guidance = ContentGuidance(to_references(image), negative=None if negative is None else to_references(negative))
         return terms_of(noisy_clip, scale, start_percent, end_percent, lambda patcher: guidance)
 
 

@@ -68,10 +68,12 @@ from .world import (
     World,
     WorldName,
     open_world,
+    sample,
     seeded_noise,
 )
 
 SMALL = ("expression", "length")  # attributes of few pixels: scored beside the others, not in their mean
+NEGATIVE_SEEDS = range(10**9, 10**9 + 16)
 LATENT_REFERENCES = 16  # fewer and larger batches
 
 
@@ -188,12 +190,16 @@ def joined(world: World, settings: Settings, count: Literal["two", "three"], bar
 
 
 def reference_suite(
-    world: World, kind: Kind, settings: Settings, rows: Callable[[Tensor, Tensor, Tensor], list[Row]]
+    world: World,
+    kind: Kind,
+    settings: Settings,
+    rows: Callable[[Tensor, Tensor, Tensor], list[Row]],
+    negative: Tensor | None = None,
 ) -> Suite:
     """Pictures guided by held-out renders that show hair; ``rows(pictures, twins, references)``."""
     hair = list(world.judge.attributes).index("hair")
     usable = torch.nonzero(world.labels[:, hair] >= 0).flatten()[settings.block * REFERENCES :][: settings.references]
-    prompts = [(Pull(kind, world.renders[i]),) for i in usable.tolist()]
+    prompts = [(Pull(kind, world.renders[i], negative=negative),) for i in usable.tolist()]
     jobs = spread_over(prompts, settings)
     references = torch.cat([_reference(job)[None].expand(len(job.seeds), -1, -1, -1) for job in jobs])
     return Suite(jobs, lambda images, twins: rows(images.clamp(-1, 1), twins.clamp(-1, 1), references))
@@ -206,6 +212,15 @@ def _reference(job: Job) -> Tensor:
 
 
 def content(world: World, settings: Settings) -> list[Suite]:
+    """`content/...`; and of the latent world `content/negative`, against what the model draws by itself."""
+    drawn = None if world.decoded is None else unguided_pictures(world)
+
+    def less(images: Tensor, twins: Tensor, references: Tensor) -> list[Row]:
+        return [
+            Row("content/negative", len(images), *_agreement(world, "background", images, twins, references), None),
+            Row("content/negative/hair", len(images), *_agreement(world, "hair", images, twins, references), None),
+        ]
+
     def rows(images: Tensor, twins: Tensor, references: Tensor) -> list[Row]:
         n = len(images)
         return [
@@ -215,7 +230,14 @@ def content(world: World, settings: Settings) -> list[Suite]:
             Row("content/nearest render", n, farther(world, images, twins), 1.0, 1.12),
         ]
 
-    return [reference_suite(world, "content", settings, rows)]
+    plain = reference_suite(world, "content", settings, rows)
+    return [plain] if drawn is None else [plain, reference_suite(world, "content", settings, less, drawn)]
+
+
+def unguided_pictures(world: World) -> Tensor:
+    """Pictures (N, 3, S, S) that the model draws by itself, from seeds that nothing else here has."""
+    channels, size, _ = world.denoiser.shape
+    return sample(world, (), seeded_noise(NEGATIVE_SEEDS, size, channels), steps=STEPS["latents"], seed=-1)
 
 
 def structure(world: World, settings: Settings) -> list[Suite]:

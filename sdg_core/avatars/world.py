@@ -99,7 +99,7 @@ class Pull:
     Towards a prompt, a reference picture (3, h, w) in -1..1, the name of a class of the world's classifier (of the kind
     "class"), or a change. ``region`` (h, w) is where it acts, 1 inside; ``away`` turns it around, until its similarity
     is ``until``; its gradient is taken at ``every`` k-th noise level, or at a ready-made ``pace``. ``negative`` text of
-    a text: None is the world's own, "" none; what is pushed away has none.
+    a text: None is the world's own, "" none; what is pushed away has none. Of content: pictures (N, 3, h, w).
     """
 
     kind: Kind | Literal["class", "direction"]
@@ -111,7 +111,7 @@ class Pull:
     until: float = 0.0
     every: int = 1
     pace: str = "quality"
-    negative: str | None = None
+    negative: str | Tensor | None = None
 
 
 Route = Literal["noisy linear", "clean linear", "clean decoded"]
@@ -191,6 +191,7 @@ class World:
         if pull.kind == "class":
             return ClassGuidance(self.classifier.number_of(str(pull.target)))
         if isinstance(pull.target, str):
+            assert not isinstance(pull.negative, Tensor), "Texts have a text as their negative."
             negative = self.negative if pull.negative is None and not pull.away else pull.negative or ""
             with torch.no_grad():
                 against = self.encoder.encode_text([negative]) if negative else None
@@ -200,6 +201,8 @@ class World:
             with torch.no_grad():
                 before, after = self.encoder.encode_text([pull.target.before, pull.target.after]).tensor_split(2)
             return DirectionGuidance(pull.target.picture[None], after - before, pull.target[1:])
+        if isinstance(pull.negative, Tensor):
+            return ContentGuidance(pull.target[None], negative=pull.negative)
         kinds: dict[str, Callable[[Tensor], Guidance]] = {
             "content": ContentGuidance, "structure": StructureGuidance, "style": StyleGuidance
         }  # fmt: skip

@@ -36,7 +36,7 @@ Text decides little in the noisiest steps and harms the finest ones (Kynkaanniem
 
 
 NEGATIVE_PART = 0.5
-"""How much a negative text counts. With all of it pictures show less of a text that names several things."""
+"""How much a negative text or picture counts. With all of it pictures show less of a text that names several things."""
 
 
 Look = Callable[[Tensor, "int | None"], Features]
@@ -96,13 +96,17 @@ class TextGuidance:
 
 @dataclass(frozen=True, eq=False)
 class ContentGuidance:
-    """F = E'(x_t, t) . E'(x'_t, t): what is in the picture; pose and layout stay free.
+    """F = E'(x_t, t) . (E'(x'_t, t) - NEGATIVE_PART mean_n E'(x^n_t, t)): what is in the picture; pose and layout stay
+    free.
 
     ``image``: references (R, 3, h, w) in -1..1; several are averaged in score. ``spherical``: see ``TextGuidance``.
+    ``negative``: pictures x^n (N, 3, h, w), if there are any. Where they are what the model draws anyway, the pull is
+    towards what sets x' apart: embeddings of pictures have most of their length in common.
     """
 
     image: Tensor
     spherical: bool = False
+    negative: Tensor | None = None
     best, aligned = 1.0, False
 
     def depth(self, encoder: Encoder) -> int:
@@ -111,10 +115,17 @@ class ContentGuidance:
     def target(self, look: Look) -> Features:
         embed = look(self.image, None).embed
         assert embed is not None
-        return Features((), unit(embed))
+        if self.negative is None:
+            return Features((), unit(embed))
+        others = look(self.negative, None).embed
+        assert others is not None
+        return Features((unit(others).mean(dim=0, keepdim=True).expand(len(embed), -1),), unit(embed))
 
     def score(self, features: Features, target: Features) -> Tensor:
-        return _cosine(features, target, self.spherical)
+        score = _cosine(features, target, self.spherical)
+        for shared in target.maps:
+            score = score - NEGATIVE_PART * _cosine(features, Features((), shared[:1]), False)
+        return score
 
 
 @dataclass(frozen=True, eq=False)

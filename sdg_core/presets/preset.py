@@ -163,6 +163,7 @@ def _kind_fields(guidance: Guidance) -> dict[str, object]:
         said["negative"] = [] if guidance.negative is None else _known(guidance.negative_texts)
     elif isinstance(guidance, ContentGuidance):
         said = {"kind": "content", "images": written(guidance.image, PICTURE), "spherical": guidance.spherical}
+        said["negative"] = None if guidance.negative is None else written(guidance.negative, PICTURE)
     elif isinstance(guidance, StructureGuidance):
         layers = list(guidance.layers)
         said = {"kind": "structure", "images": written(guidance.image, PICTURE), "layers": layers}
@@ -309,7 +310,9 @@ def _read_text(fields: Fields) -> Make:
 
 
 def _read_content(fields: Fields) -> Make:
-    guidance = ContentGuidance(_read_images(fields, "images", PICTURE), fields.flag("spherical"))
+    images, spherical = _read_images(fields, "images", PICTURE), fields.flag("spherical")
+    negative = fields.optional("negative", lambda name: _read_images(fields, name, PICTURE))
+    guidance = ContentGuidance(images, spherical, negative)
     return lambda encoder, speak: guidance
 
 

@@ -26,7 +26,7 @@ from sdg_core.method import (
 pytestmark = pytest.mark.usefixtures("float64")
 
 SHAPES = [(4, 8, 8), (6, 4, 4), (5, 2, 3)]
-IMAGE = torch.zeros(1, 3, 8, 8)
+IMAGE, OTHERS = torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 8, 8)
 
 
 def random_features(batch: int, seed: int, size: float = 1.0) -> Features:
@@ -103,6 +103,23 @@ def test_text_score_is_the_mean_cosine_over_prompts():
     guidance = TextGuidance(prompts)
     wanted = [np.mean([naive_cosine(e.double().numpy(), p.double().numpy()) for p in prompts]) for e in features.embed]
     torch.testing.assert_close(score(guidance, features, features).double(), torch.tensor(np.array(wanted)))
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+def test_negative_pictures_are_half_their_mean_cosine_less(spherical):
+    """Whatever they are to the reference, and for each of several references alike."""
+    features, reference, others = (random_features(n, seed=s) for n, s in ((3, 0), (2, 1), (4, 2)))
+    seen = {id(IMAGE): reference, id(OTHERS): others}
+    guidance = ContentGuidance(IMAGE, spherical, OTHERS)
+    target = guidance.target(lambda image, depth: seen[id(image)])
+    plain = score(ContentGuidance(IMAGE, spherical), features, reference)
+    less = [np.mean([naive_cosine(e.numpy(), o.numpy()) for o in others.embed]) for e in features.embed]
+    wanted = plain - torch.tensor(np.array(less)) / 2
+    torch.testing.assert_close(guidance.score(features, target), wanted, rtol=1e-9, atol=1e-9)
+    for r in range(2):
+        one = guidance.score(features, target.take(slice(r, r + 1)))
+        alone = ContentGuidance(IMAGE, spherical).score(features, Features((), target.embed[r : r + 1]))
+        torch.testing.assert_close(one, alone - torch.tensor(np.array(less)) / 2, rtol=1e-9, atol=1e-9)
 
 
 def test_scores_are_per_sample(guidance):

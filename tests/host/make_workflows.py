@@ -27,7 +27,9 @@ SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     "SDGLoadNoisyCLIP": ([], [("NOISY_CLIP", "NOISY_CLIP")]),
     "SDGEmptyPixelLatent": ([("vae", "VAE")], [("LATENT", "LATENT")]),
     "SDGTextGuidance": ([("noisy_clip", "NOISY_CLIP")], [("GUIDANCE", "SDG_GUIDANCE")]),
-    "SDGContentGuidance": ([("noisy_clip", "NOISY_CLIP"), ("image", "IMAGE")], [("GUIDANCE", "SDG_GUIDANCE")]),
+    "SDGContentGuidance": (
+        [("noisy_clip", "NOISY_CLIP"), ("image", "IMAGE"), ("negative", "IMAGE")], [("GUIDANCE", "SDG_GUIDANCE")],
+    ),
     "SDGStructureGuidance": ([("noisy_clip", "NOISY_CLIP"), ("image", "IMAGE")], [("GUIDANCE", "SDG_GUIDANCE")]),
     "SDGStyleGuidance": ([("noisy_clip", "NOISY_CLIP"), ("image", "IMAGE")], [("GUIDANCE", "SDG_GUIDANCE")]),
     "SDGCombineGuidance": ([(f"guidance_{i}", "SDG_GUIDANCE") for i in (1, 2, 3, 4)], [("GUIDANCE", "SDG_GUIDANCE")]),
@@ -306,14 +308,22 @@ def text_example() -> None:
 def content_example() -> None:
     graph = Graph()
     m = models(graph, "Variations of a picture. The first row samples a reference; Load Image can take its place.\n\n"
-                      "Content Guidance follows what it shows, not its pixels.\n\nChange first: the seed of the last "
+                      "Content Guidance follows what it shows, not its pixels. The second row is what the model draws "
+                      "anyway: away from that, the reference's own counts more.\n\nChange first: the seed of the last "
                       "Guided KSampler, for other variations; then the scale, higher to come closer.")  # fmt: skip
     image = reference(graph, m, 0, "a person with red hair, yellow background", 3, "1. A reference")
-    guidance = graph.add(
-        "SDGContentGuidance", "Content Guidance (SDG)", (400, 800), [*settings("content")],
-        noisy_clip=m.clip, image=image,
+    graph.group("2. What the model draws anyway", 380, 720, 1180, 720)
+    empty = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (400, 800), [SIDE, SIDE, 8], vae=m.vae)
+    drawn = graph.add(
+        "SDGGuidedKSampler", "Unguided: no guidance connected", (800, 800), [100, *SAMPLING],
+        model=m.adm, latent_image=empty,
     )  # fmt: skip
-    result(graph, m, 800, guidance, 0, "content", "2. Sample variations of it")
+    others = graph.add("VAEDecode", "VAE Decode", (1160, 800), [], samples=drawn, vae=m.vae)
+    guidance = graph.add(
+        "SDGContentGuidance", "Content Guidance (SDG)", (400, 1600), [*settings("content")],
+        noisy_clip=m.clip, image=image, negative=others,
+    )  # fmt: skip
+    result(graph, m, 1600, guidance, 0, "content", "3. Sample variations of it")
     graph.save("content")
 
 

@@ -119,7 +119,9 @@ def evaluate(installed) -> Callable[[dict, str], Tensor]:
                 clip.encode_text([values["text"]]),
                 negative=clip.encode_text([values["negative"]]) if values.get("negative") else None,
             ),
-            "SDGContentGuidance": lambda: guidance.ContentGuidance(image),
+            "SDGContentGuidance": lambda: guidance.ContentGuidance(
+                image, negative=go(prompt, values["negative"][0]) if "negative" in values else None
+            ),
             "SDGStructureGuidance": lambda: guidance.StructureGuidance(image, layers),
             "SDGStyleGuidance": lambda: guidance.StyleGuidance(image, layers, values.get("centred", True)),
             "SDGClassifierGuidance": lambda: guidance.ClassGuidance(clip.number_of(values["class_name"])),
@@ -135,7 +137,8 @@ def evaluate(installed) -> Callable[[dict, str], Tensor]:
     def sample(values, prompt):
         here = world_of(prompt)
         denoiser, start = here.denoiser, prompt[values["latent_image"][0]]
-        state = here.open_run(go(prompt, values["guidance"][0]), Strength(cap=values["cap"]))
+        terms = go(prompt, values["guidance"][0]) if "guidance" in values else ()
+        state = here.open_run(terms, Strength(cap=values["cap"]))
         sigmas = denoiser.sigmas(int(values["steps"] / values["denoise"]))[-(values["steps"] + 1) :]
         denoise = held(models.guided(denoiser, state), prompt[values["model"][0]], prompt)
         if start["class_type"] == "RepeatLatentBatch":

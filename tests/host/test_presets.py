@@ -126,6 +126,13 @@ def test_a_negative_text_is_kept(run, sample, noisy_clip, again):
     assert torch.equal(sample(run("SDGTextGuidance", **inputs)), sample(blank))
 
 
+def test_negative_pictures_are_kept(run, sample, noisy_clip, again):
+    inputs = {"noisy_clip": noisy_clip, "image": picture(0, exact=True), "scale": 300.0, **WHOLE}
+    guidance = run("SDGContentGuidance", negative=torch.cat([picture(1, exact=True), picture(2, exact=True)]), **inputs)
+    assert torch.equal(sample(again(guidance, noisy_clip=noisy_clip)), sample(guidance))
+    assert not torch.equal(sample(run("SDGContentGuidance", **inputs)), sample(guidance))
+
+
 def test_frames_and_budget_are_kept(run, noisy_clip, again):
     guidance = run("SDGGuidanceFrames", guidance=kinds(run, noisy_clip)["text"], frames="0-2,-1")
     guidance = run("SDGGuidanceBudget", guidance=guidance, percent=12.5)
