@@ -57,7 +57,7 @@ SAMPLERS: tuple[Sampler, ...] = ("euler", "euler_ancestral", "paper")
 
 
 NOISY_SCALE: dict[Kind, float] = {"text": 275.0, "content": 500.0, "structure": 1000.0, "style": 4000.0}
-NOISY_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 0.9), "content": (0.0, 0.95), "style": (0.2, 1.0)}
+NOISY_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 1.0), "content": (0.0, 0.95), "style": (0.2, 1.0)}
 """Scales and intervals that the noisy CLIP was measured at on the latent models: their runs start at less noise."""
 
 NEGATIVE = "a person"
