@@ -29,11 +29,11 @@ class DemoRow:
 def demo_rows(world: World) -> list[DemoRow]:
     """Unguided, text, two attributes, each image guidance, and text and image combined."""
     face, brush = find_render(world, style="flat", background="yellow"), find_render(world, style="pixel", hat=True)
-    text = Pull("text", "a person with glasses and blue background")
+    glasses, blue = (Pull("text", f"a person with {what}") for what in ("glasses", "blue background"))
     return [
         DemoRow("Unguided", "the model alone", ()),
         DemoRow("Text", "a person with pink hair", (Pull("text", "a person with pink hair"),)),
-        DemoRow("Text", "a person with glasses\nand blue background", (text,)),
+        DemoRow("Two lines of text", "a person with glasses\na person with blue background", (glasses, blue)),
         DemoRow("Content", "what is in the picture", (Pull("content", face),)),
         DemoRow("Structure", "its layout as well", (Pull("structure", face),)),
         DemoRow("Style", "its strokes and palette", (Pull("style", brush),)),

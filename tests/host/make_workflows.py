@@ -297,10 +297,11 @@ def result(graph: Graph, models: Models, y: int, guidance: int, seed: int, name:
 
 def text_example() -> None:
     graph = Graph()
-    m = models(graph, "A prompt for a model that has none: Text Guidance pulls every step towards the text.\n\n"
+    m = models(graph, "A prompt for a model that has none: Text Guidance pulls every step towards the text, "
+                      "each line a wish by itself.\n\n"
                       "Change first: the text, to other hair and background colours, a beard, a hat, or a style such "
                       "as pixel art, sketch or toon. Then the scale: 0 gives what the model draws alone.")  # fmt: skip
-    guidance = text(graph, m, (400, 0), "a person with glasses and blue background")
+    guidance = text(graph, m, (400, 0), "a person with glasses\na person with blue background")
     result(graph, m, 0, guidance, 0, "text", "Sample under a text")
     graph.save("text")
 

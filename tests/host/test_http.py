@@ -114,9 +114,12 @@ def evaluate(installed) -> Callable[[dict, str], Tensor]:
         clip = here.classifier if kind == "SDGClassifierGuidance" else here.encoder
         image = go(prompt, values["image"][0]) if "image" in values else None
         layers = tuple(int(n) for n in values.get("layers", "1").split(","))
+        lines = values.get("text", "").splitlines()
+        if len(lines) > 1:
+            return tuple(part for line in lines for part in term(kind, values | {"text": line}, prompt))
         made = {
             "SDGTextGuidance": lambda: guidance.TextGuidance(
-                clip.encode_text([values["text"]]),
+                clip.encode_text(lines),
                 negative=clip.encode_text([values["negative"]]) if values.get("negative") else None,
             ),
             "SDGContentGuidance": lambda: guidance.ContentGuidance(
@@ -432,7 +435,7 @@ def test_saved_pictures_hold_the_report_of_their_run_also_where_the_sampler_is_c
             assert list(held["sdg_report"]) == ["100"]
             report = held["sdg_report"]["100"]
             assert report["pictures"] == len(files)
-            assert [part["name"].split()[0] for part in report["guidances"]] == ["text"]
+            assert [part["name"].split()[0] for part in report["guidances"]] == ["text", "text"]
             assert all(0 < value <= 1 + 1e-5 for value in report["pull"]["mean"])
     assert sampler in {
         n for kind, data in entry["status"]["messages"] if kind == "execution_cached" for n in data["nodes"]
