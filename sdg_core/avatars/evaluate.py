@@ -341,7 +341,7 @@ def latent_rows(pool: Executor, settings: Settings, progress: Progress) -> list[
             rows = suite_rows(pool, suites[name], fewer if name in LATENT_SUITES else here, step, twins)
             for row in rows:
                 if name in DETAILS and row.name in LATENT_SUITES:
-                    continue  # of fewer references, as through the other routes
+                    row = replace(row, name=f"{row.name}/{here.references} references")  # of fewer on all routes
                 bar = LATENT_BARS.get(row.name, 0.92 if row.name.startswith("text/") else None)
                 bar = bar if route == "noisy linear" else None
                 result.append(replace(row, name=f"{model}/{route}/{row.name}", bar=bar, cost_ms=cost.get(row.name)))
