@@ -202,7 +202,7 @@ def test_gradients_in_inference_mode_equal_those_outside(kind, t, draw):
     def gradient() -> Tensor:
         model = make_noisy(kind)
         features = model(image, torch.tensor([250.0]), model.full_depth)
-        targets = [features, Features((features.maps[3],))]  # structure reads layer 4
+        targets = [Features((), features.embed), Features((features.maps[3],))]  # structure reads layer 4
         terms = [Term(guidance, model, 1.0) for guidance in (ContentGuidance(image), StructureGuidance(image, (4,)))]
         return score_gradient(
             model, terms, weights, list(map(Target, targets)), x.clone(), Sight(PIXEL_VIEW, torch.ones(len(x)), t)
