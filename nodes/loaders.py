@@ -29,8 +29,8 @@ def precision_input() -> io.Input:
         options=list(PRECISIONS),
         default="fp32",
         optional=True,
-        tooltip="Of the image tower. bf16: half the memory, up to twice as fast where the processor or card knows it; "
-        "the gradient turns by about ten degrees.",
+        tooltip="Of the image tower. bf16: half the memory and, where it is known, about half the time; the gradient "
+        "turns by ten degrees or so.",
         extra_dict={"advanced": True},
     )
 

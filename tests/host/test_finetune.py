@@ -196,7 +196,9 @@ class FramesVAE:
 @pytest.mark.parametrize("frames", [True, False])
 def test_a_video_models_pictures_are_learned_as_its_own_latents(pack, comfy, frames):
     """One frame each, in the scaling that the format has for videos."""
-    space = comfy.latent_formats.Wan21()
+    from comfy.latent_formats import Wan21
+
+    space = Wan21()
 
     class Model:
         def get_model_object(self, name: str) -> object:

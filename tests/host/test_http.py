@@ -120,6 +120,7 @@ def evaluate(installed) -> Callable[[dict, str], Tensor]:
         made = {
             "SDGTextGuidance": lambda: guidance.TextGuidance(
                 clip.encode_text(lines),
+                texts=tuple(lines),
                 negative=clip.encode_text([values["negative"]]) if values.get("negative") else None,
             ),
             "SDGContentGuidance": lambda: guidance.ContentGuidance(
