@@ -27,6 +27,11 @@ KINDS = {
 }
 
 
+def printable(text: object) -> str:
+    """A text that somebody sent, for a message: halves of characters, which no log can write, are escaped."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
 def save(path: Path, kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor], half: bool = True) -> None:
     """Writes weights (fp16 unless ``half`` is False) with kind and config in the metadata: the whole file, or nothing.
 

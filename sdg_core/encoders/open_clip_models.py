@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import printable
 from .clip import CLIP_MEAN, CLIP_STD, CleanCLIP, tokenizer_of
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def download(architecture: str, tag: str, folder: Path | None = None) -> CleanCL
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if tag not in tags:
         known = f"{', '.join(tags)}. Choose one of these" if tags else "none: choose a file of weights instead"
-        raise ValueError(f'open_clip has no weights "{tag}" for {architecture}. Its tags: {known}.')
+        raise ValueError(f'open_clip has no weights "{printable(tag)}" for {architecture}. Its tags: {known}.')
     quick = bool(open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"))  # as the weights were trained
     try:
         clip = open_clip.create_model(
@@ -87,7 +88,7 @@ def check_architecture(name: str) -> None:
     known = open_clip.list_models()  # with those that were added to it
     if name not in known:
         near = difflib.get_close_matches(name, known, 5, 0.4)
-        raise ValueError(f'open_clip knows no architecture "{name}". Nearest: {", ".join(near) or "none"}.')
+        raise ValueError(f'open_clip knows no architecture "{printable(name)}". Nearest: {", ".join(near) or "none"}.')
 
 
 def _opened(architecture: str, clip: CLIP | CustomTextCLIP, weights: str, quick_gelu: bool = False) -> CleanCLIP:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..files import printable
 from ..method import Features, TimestepTable, averaging_gain, resize, timestep_embedding
 from .adm import ADMConfig, AttentionBlock, Block, Builder, matching
 
@@ -214,5 +215,6 @@ class Classifier(nn.Module):
         near = difflib.get_close_matches(wanted, names, 5, 0.5) or names[:SHOWN]
         named = f", or a name such as {', '.join(near)}" if near else "; this classifier's file gives them no names"
         raise ValueError(
-            f'There is no class "{name[:60]}" in this classifier; wanted a number of 0..{classes - 1}{named}.'
+            f'There is no class "{printable(name[:60])}" in this classifier; wanted a number of 0..{classes - 1}'
+            f"{named}."
         )

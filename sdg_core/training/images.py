@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from ..files import printable
 from .extras import extra
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for damaged files
@@ -204,7 +205,9 @@ def extensions() -> set[str]:
 def find_images(folder: Path) -> list[Path]:
     """All picture files under a folder, sorted. Raises FileNotFoundError or ValueError where there is none."""
     if not os.path.isdir(folder):  # Path.is_dir raises for names that are too long
-        raise FileNotFoundError(f"There is no folder {folder}. Give a folder of pictures, or WebDataset shards (.tar).")
+        raise FileNotFoundError(
+            f"There is no folder {printable(folder)}. Give a folder of pictures, or WebDataset shards (.tar)."
+        )
     known = extensions()
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and p.is_file())
     if not files:

@@ -303,3 +303,9 @@ def test_a_class_goes_by_name_or_number():
         tiny(config=replace(TINY, class_names=())).number_of("cat")
     with pytest.raises(ValueError, match="2 names for 3 classes"):
         replace(TINY, class_names=("a", "b"))
+
+
+def test_a_name_that_no_log_can_write_is_escaped():
+    with pytest.raises(ValueError, match="There is no class") as error:
+        tiny().number_of("half \ud800")
+    assert b"half \\ud800" in str(error.value).encode("utf-8")
