@@ -236,21 +236,25 @@ def sight_of(clean: CleanCLIP, size: int, model: comfy.model_patcher.ModelPatche
     view = host.linear_view(latent)
     if vae is None:
         return StudentSight(size or clean.noise_size, view)
+    downscale = host.downscale_of(latent)
 
     def encode(picture: Tensor) -> Tensor:
         with torch.inference_mode():
             latents = vae.encode(((picture + 1) / 2).movedim(1, -1))
-            if latents.shape[1] != latent.latent_channels:
+            made = latents.shape[1], latents.shape[-2], latents.shape[-1]
+            wanted = latent.latent_channels, picture.shape[-2] // downscale, picture.shape[-1] // downscale
+            sized = hasattr(latent, "spacial_downscale_ratio")  # older hosts do not say
+            if made[0] != wanted[0] or (sized and made != wanted):
                 raise ValueError(
-                    f"Got a VAE that encodes to {latents.shape[1]} channels; the latents of this model have "
-                    f"{latent.latent_channels}. Connect the VAE that belongs to the model."
+                    f"Got a VAE that encodes to {made} (channels, height, width); the latents of this model would be "
+                    f"{wanted}. Connect the VAE that belongs to the model."
                 )
             if latents.ndim == 4 and getattr(latent, "latent_dimensions", 2) == 3:
                 latents = latents[:, :, None]
             latents = latent.process_in(latents)
         return (latents[:, :, 0] if latents.ndim == 5 else latents).clone().to(picture)
 
-    return StudentSight(size or clean.noise_size, view, encode, host.downscale_of(latent))
+    return StudentSight(size or clean.noise_size, view, encode, downscale)
 
 
 def memory_wanted(clean: CleanCLIP, settings: Settings) -> int:
