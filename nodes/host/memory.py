@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...sdg_core.encoders import CleanCLIP
+from ...sdg_core.method import is_out_of_memory
 from ...sdg_core.models import Classifier
 
 # CoreModelPatcher (ComfyUI 0.12 and newer) keeps plain torch modules fully resident under dynamic memory management.
@@ -69,16 +70,22 @@ def decoder_bytes(decoder: nn.Module, latent_size: torch.Size, upscale: int) -> 
 
 @contextmanager
 def explained(what: str, cure: str = "Choose a smaller width, height or batch") -> Iterator[None]:
-    """Says what did not fit, and what to do, where memory ends on a CPU: torch then raises a bare RuntimeError, which
-    the host does not know as out of memory. A card's OutOfMemoryError stays as it is: the host frees models for it."""
+    """Says what did not fit, and what to do, where memory ends and the host does not know it: on a CPU torch raises a
+    bare RuntimeError. What the host knows for it stays as it is: the host frees models for it."""
     try:
         yield
-    except RuntimeError as error:
-        if isinstance(error, mm.OOM_EXCEPTION) or "allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if _frees_models(error) or not is_out_of_memory(error):
             raise
         raise ValueError(
             f"Out of memory: {what} did not fit. {cure}, or close other programs. ({str(error)[:200]})"
         ) from error
+
+
+def _frees_models(error: BaseException) -> bool:
+    """Whether the host knows an error for memory that ended, and unloads its models; older ones know a card's alone."""
+    known = getattr(mm, "is_oom", None)
+    return bool(known(error)) if known else isinstance(error, mm.OOM_EXCEPTION)
 
 
 def check_free(what: str, size: int) -> None:

@@ -12,7 +12,7 @@ from .blend import Blend
 from .chart import draw_report
 from .classes import ClassGuidance
 from .controls import CHOICES, EASES, Augment, Choice, Crop, Curve, Ease, Goal, Region, Several, feathered
-from .device import Early, Placed, version_of
+from .device import Early, Placed, is_out_of_memory, version_of
 from .features import Encoder, Features, NoisyEncoder, embedding, gram, joined, squared_distance, squared_size, unit
 from .gradient import Sight, Target, as_normal, gradient_scope, score_gradient
 from .guidance import (
@@ -110,6 +110,7 @@ __all__ = [
     "guidance_gradient",
     "guidance_shift",
     "guide",
+    "is_out_of_memory",
     "joined",
     "low_pass",
     "name_of",

@@ -7,6 +7,7 @@ run is over.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,22 @@ class Span:
     @property
     def seconds(self) -> float:
         return self.share * self.ended.since(self.begun)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch's own kind, and what says so in words: CUDA and cuDNN where they allocate themselves, MPS, and the CPU.
+
+    On a CPU torch's allocator says it, on Windows in other words, and oneDNN does not say it: a convolution that ran
+    before "could not create a primitive" where there is no room for its working memory.
+    """
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(_MEMORY_ENDED.search(str(error)))
+
+
+_MEMORY_ENDED = re.compile(
+    r"out of memory|alloc_failed|can't allocate memory|not enough memory|bad_alloc|could not create a memory object"
+    r"|could not create a primitive(?! descriptor)",
+    re.IGNORECASE,
+)
 
 
 class Placed:

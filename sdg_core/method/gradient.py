@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .controls import Crop, Several
+from .device import is_out_of_memory
 from .features import Encoder, Features
 from .guidance import Guidance, Term
 from .precision import precise
@@ -198,19 +199,13 @@ class Chunks:
                     return parts[0]
                 return torch.cat([grad for grad, _ in parts]), torch.cat([scores for _, scores in parts], dim=1)
             except RuntimeError as error:
-                if size == 1 or not _out_of_memory(error):
+                if size == 1 or not is_out_of_memory(error):
                     raise
                 told, self.size = self.size is not None, size // 2
             if not told:
                 log.warning("Out of memory in the guidance gradient of %d pictures; it is taken in parts now.", size)
             if x.device.type == "cuda":
                 torch.cuda.empty_cache()
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """torch's own kind; and what says so in words: CUDA and cuDNN where they allocate themselves, MPS, and the CPU."""
-    words = ("out of memory", "alloc_failed", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error).lower() for word in words)
 
 
 def _normal(features: Features) -> Features:

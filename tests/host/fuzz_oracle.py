@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PACK = "semantic-diffusion-guidance"
+LIBRARY = "site-packages"
+MEMORY_ENDED = re.compile("can't allocate memory|could not create a primitive")
+"""A CPU's words for it: torch's allocator's, and those of oneDNN."""
 ANSWER_TIME = 20.0
 """Seconds in which the server must answer a request, whatever runs meanwhile."""
 RUN_TIME, END_TIME = 10.0, 180.0
@@ -236,7 +239,8 @@ def judge_error(error: dict, case) -> Verdict:
     if case.prompt is not None and case.prompt.get(error["node_id"], {}).get("class_type") != name:
         return Verdict("error on no node", said)
     files = [line for line in error["traceback"] if "File " in line]
-    if "can't allocate memory" in message and PACK not in files[-1]:  # for what the host computes by itself
+    own = [line for line in files if LIBRARY not in line]
+    if MEMORY_ENDED.search(message) and PACK not in own[-1]:  # for what the host computes by itself
         return Verdict("error of the host")
     if not any(PACK in line for line in files):
         known = any(re.search(words, f"{error['exception_type']}: {message}") for words in KNOWN_OF_HOST)

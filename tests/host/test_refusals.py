@@ -157,6 +157,8 @@ def test_memory_that_ends_on_the_cpu_is_explained(pack, comfy):
     memory = pack.memory
     with pytest.raises(ValueError, match=r"Out of memory: a thing did not fit\. Choose"), memory.explained("a thing"):
         torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"Choose a smaller .*\(could not create"), memory.explained("a thing"):
+        raise RuntimeError("could not create a primitive")  # oneDNN, where a convolution's working memory has no room
     with pytest.raises(RuntimeError, match="shape"), memory.explained("a thing"):
         torch.zeros(2, 3) @ torch.zeros(2, 3)
     with pytest.raises(comfy.model_management.OOM_EXCEPTION), memory.explained("a thing"):
