@@ -240,7 +240,8 @@ def judge_error(error: dict, case) -> Verdict:
         return Verdict("error on no node", said)
     files = [line for line in error["traceback"] if "File " in line]
     own = [line for line in files if LIBRARY not in line]
-    if MEMORY_ENDED.search(message) and PACK not in own[-1]:  # for what the host computes by itself
+    of_host = not name.startswith("SDG") and PACK not in "".join(own[-1:])
+    if MEMORY_ENDED.search(message) and of_host:  # in a node of the host's, for what it computes by itself
         return Verdict("error of the host")
     if not any(PACK in line for line in files):
         known = any(re.search(words, f"{error['exception_type']}: {message}") for words in KNOWN_OF_HOST)
