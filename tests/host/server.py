@@ -55,7 +55,7 @@ class Server:
         except urllib.error.HTTPError as error:
             return json.loads(error.read())
 
-    def run(self, prompt: dict, timeout: float = 900, metadata: dict | None = None) -> dict:
+    def run(self, prompt: dict, timeout: float = 3600, metadata: dict | None = None) -> dict:
         answer = self.queue(prompt, metadata)
         if "prompt_id" not in answer:
             raise RuntimeError(f"The prompt was rejected: {json.dumps(answer)}")
