@@ -163,7 +163,7 @@ def unet_rows(rounds: int, batch: int = 1, side: int = 512, progress: Callable[[
     others = {}
     for method in METHODS:
         progress(f"a step guided by {method}")
-        task = peer(bed, clip, method, TextGuidance(unit(wanted.embed)))
+        task = peer(bed, clip, method, TextGuidance(unit(wanted.embed).to(bed.x.device)))
         others[method] = by_turns({"ours": guided, method: task}, max(1, rounds // 2))
     name = "" if batch == 1 else f"_batch_{batch}"
     return [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..method import Features, Placed, averaging_gain, precise, resize
+from ..method import Features, Placed, averaging_gain, cache_of, precise, resize
 from .towers import open_tower
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class CleanCLIP(nn.Module):
         What is compared of features is float32 all the same; the text tower and the conditioning stay as they are.
         """
         self.tower.to(dtype)
+        cache_of(self).clear()
 
     def noise_gain(self, height: int, width: int) -> float:
         """What ``prepare`` does to white noise of a picture this size before the tower's own enlargement: a factor on

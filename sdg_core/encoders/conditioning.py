@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..method import timestep_embedding
+from ..method import brought, timestep_embedding
 
 Modulation = Sequence[tuple[Tensor, Tensor]]
 """(scale, shift), each (B or 1, C_i), for every normalisation layer in forward order."""
@@ -39,7 +39,8 @@ class TimeConditioning(nn.Module):
 
     def forward(self, t: Tensor) -> Modulation:
         """t (B,) in 0..999, fractions allowed -> a scale and a shift (B, C_i) per layer."""
-        sinusoids = timestep_embedding(t, self.sinusoid).to(next(self.emb_layers.parameters()), non_blocking=True)
+        weight = next(self.emb_layers.parameters())
+        sinusoids = brought(timestep_embedding(t, self.sinusoid).to(weight.dtype), weight)
         numbers: Tensor = self.emb_layers(self.time_embed(sinusoids))
         parts = torch.split(numbers, [w for width in self.widths for w in (width, width)], dim=1)
         return list(zip(parts[0::2], parts[1::2], strict=True))
@@ -58,7 +59,7 @@ class TokenConditioning(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """t (B,), fractions lie between their neighbours -> tokens (B, C)."""
         last = len(self.tokens) - 1
-        t = t.to(self.tokens.device, non_blocking=True).clamp(0, last)
+        t = brought(t, self.tokens).clamp(0, last)
         left = t.floor().long().clamp(max=last - 1)
         part = (t - left).to(self.tokens.dtype)[:, None]
         return torch.lerp(self.tokens[left], self.tokens[left + 1], part)

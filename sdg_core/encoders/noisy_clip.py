@@ -124,11 +124,17 @@ class NoisyCLIP(CleanCLIP):
         if isinstance(conditioning, TokenConditioning):
             return self._by_token(conditioning(t), image, depth)
         if len(t) == 1:
-            features: Features = functional_call(self.tower, self._folded(conditioning, t), (image, depth))
+            features: Features = functional_call(
+                self.tower, self._folded(conditioning, t), (image, depth), tie_weights=False
+            )
             return features
         with modulated(self.tower.norms(), conditioning(t)):
             features = self.tower(image, depth)
         return features
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        super().compute_in(dtype)
+        self._folds.clear()
 
     def _folded(self, conditioning: TimeConditioning, t: Tensor) -> dict[str, Tensor]:
         """The tower's norms at t (1,). Where nothing is trained and t is on the CPU, they are kept for the next call:
@@ -160,7 +166,9 @@ class NoisyCLIP(CleanCLIP):
         """One pass for a token (1, C) that all share, otherwise one for each sample: the tower knows one token."""
         rows = torch.split(image, len(image) if len(tokens) == 1 else 1)
         parts: list[Features] = [
-            functional_call(self.tower, {"visual.class_embedding": token.to(some.dtype)}, (some, depth))
+            functional_call(
+                self.tower, {"visual.class_embedding": token.to(some.dtype)}, (some, depth), tie_weights=False
+            )
             for token, some in zip(tokens, rows, strict=True)
         ]
         return parts[0] if len(parts) == 1 else joined(parts)

@@ -12,7 +12,7 @@ from .blend import Blend
 from .chart import draw_report
 from .classes import ClassGuidance
 from .controls import CHOICES, EASES, Augment, Choice, Crop, Curve, Ease, Goal, Region, Several, feathered
-from .device import Early, Placed, is_out_of_memory, version_of
+from .device import Early, Placed, brought, is_out_of_memory, version_of
 from .features import Encoder, Features, NoisyEncoder, embedding, gram, joined, squared_distance, squared_size, unit
 from .gradient import Sight, Target, as_normal, gradient_scope, score_gradient
 from .guidance import (
@@ -41,6 +41,7 @@ from .report import GuidanceReport, name_of
 from .run import Budget, GuidanceRun, StepTrace
 from .schedule import Convention, TimestepTable, betas, expand, timestep_embedding
 from .strength import Strength, rms
+from .targets import cache_of
 from .views import PIXEL_VIEW, DecodedView, LatentFormat, LinearView, PixelView, View, averaging_gain, resize
 
 __all__ = [
@@ -96,6 +97,8 @@ __all__ = [
     "as_normal",
     "averaging_gain",
     "betas",
+    "brought",
+    "cache_of",
     "check_layers",
     "check_range",
     "combine",

@@ -57,13 +57,18 @@ def balanced(grads: Tensor, shares: Tensor, balance: float) -> Tensor:
 def projected(grads: Tensor) -> Tensor:
     """Each of the gradients (K, B, ...) at the nearest point where it works against no other.
 
-    v_i = u_i + sum_j L_ij u_j of unit gradients u, with L >= 0 and L_ii = 0 that solve the dual problem: projected
-    gradient steps on small matrices, for all i at once, so in no order.
+    v_i = u_i + sum_j L_ij u_j of unit gradients u, with L >= 0 and L_ii = 0: of two, L_ij = max(0, -u_i . u_j). Of more
+    they solve the dual problem: projected gradient steps on small matrices, for all i at once, so in no order; there
+    the device is waited for.
     """
     flat = precise(grads).flatten(2)
     size = flat.norm(dim=2, keepdim=True)
     units = (flat / size.clamp(min=torch.finfo(flat.dtype).tiny)).transpose(0, 1)  # (B, K, n)
-    cosines = (units @ units.transpose(1, 2)).double().cpu()
+    if len(grads) == 2:
+        against = -(units[:, 0] * units[:, 1]).sum(dim=1).nan_to_num(0.0).clamp(max=0)
+        bent: Tensor = flat + size * against[:, None] * units.transpose(0, 1).flip(0)
+        return bent.view_as(grads).to(grads)
+    cosines = (units @ units.transpose(1, 2)).cpu().double().nan_to_num(0.0)
     K = cosines.shape[1]
     others = 1 - torch.eye(K, dtype=cosines.dtype)
     if not bool((cosines * others < 0).any()):

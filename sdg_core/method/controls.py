@@ -166,7 +166,7 @@ class Goal:
         if not -1 <= self.similarity <= 1:
             raise ValueError(
                 f"Got a similarity of {self.similarity} to reach; wanted -1 to 1, where 1 is the reference itself. "
-                "Usual: 0.2 to 0.35 for a text, 0.5 to 0.9 for pictures."
+                "Usual: 0.25 to 0.35 for a text, 0.6 to 0.9 for pictures."
             )
 
     def gap(self, score: Tensor, best: float, scale: float) -> Tensor:

@@ -94,7 +94,12 @@ Rows = slice | Tensor
 
 def beside(rows: Rows, other: Tensor) -> Rows:
     """The same samples, to index a tensor on its own device."""
-    return rows if isinstance(rows, slice) else rows.to(other.device, non_blocking=True)
+    return rows if isinstance(rows, slice) else brought(rows, other)
+
+
+def brought(tensor: Tensor, other: Tensor) -> Tensor:
+    """A tensor on the device of another. A CUDA device is not waited for; others may read the memory too late."""
+    return tensor.to(other.device, non_blocking=other.device.type == "cuda")
 
 
 def version_of(module: object) -> int:

@@ -28,8 +28,10 @@ class Features:
 
     @property
     def count(self) -> int:
-        """How many samples they are of."""
-        return len(self.maps[0] if self.embed is None else self.embed)
+        """How many samples they are of; 0 where there is nothing to compare with."""
+        if self.embed is not None:
+            return len(self.embed)
+        return len(self.maps[0]) if self.maps else 0
 
     def to(self, device: torch.device) -> Features:
         """The same features on a device."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .controls import Crop, Several
-from .device import is_out_of_memory
+from .device import brought, is_out_of_memory
 from .features import Encoder, Features
 from .guidance import Guidance, Term
 from .precision import precise
@@ -123,7 +123,7 @@ def score_gradient(
         scores = torch.stack(
             [target.score(term.guidance, features) for term, target in zip(terms, targets, strict=True)]
         )
-        total = (as_normal(weights).clone().to(scores, non_blocking=True) * scores).sum()
+        total = (brought(as_normal(weights).clone().to(scores.dtype), scores) * scores).sum()
         if not sight.view.modules:
             (grad,) = torch.autograd.grad(total, x)
         else:
@@ -198,7 +198,7 @@ class Chunks:
                 if len(parts) == 1:
                     return parts[0]
                 return torch.cat([grad for grad, _ in parts]), torch.cat([scores for _, scores in parts], dim=1)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if size == 1 or not is_out_of_memory(error):
                     raise
                 told, self.size = self.size is not None, size // 2

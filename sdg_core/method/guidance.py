@@ -24,7 +24,7 @@ from .precision import precise
 Kind = Literal["text", "content", "structure", "style"]
 
 DEFAULT_SCALE: dict[Kind, float] = {"text": 200.0, "content": 300.0, "structure": 300.0, "style": 1000.0}
-"""Scales that the bundled models were measured at, by kind of guidance."""
+"""Scales that the bundled pixel model was measured at, by kind of guidance."""
 
 DEFAULT_INTERVAL: dict[Kind, tuple[float, float]] = {
     "text": (0.2, 0.6), "content": (0.0, 1.0), "structure": (0.0, 1.0), "style": (0.0, 1.0),

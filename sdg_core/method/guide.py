@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .controls import SOFT, Crop
-from .device import Span, beside
+from .device import Span, beside, brought
 from .features import Encoder, reads_noise
 from .gradient import Sight
 from .precision import added
@@ -130,8 +130,9 @@ def _pull_together(pull: Pull, batch: Batch, weights: Tensor, run: GuidanceRun) 
         some, seen = weights[members][:, rows], batch.take(rows)
         there = beside(rows, batch.x_t)
         begun = run.now(batch.x_t.device)
-        part, part_scores = _encoder_gradient(encoder, members, seen, some, run)
-        pull.grad[there] += _of_x_t(encoder, part, seen, run)
+        grad, part_scores = _encoder_gradient(encoder, members, seen, some, run)
+        part = _of_x_t(encoder, grad, seen, run)
+        pull.grad[there] += part
         for k, score in zip(members, part_scores, strict=True):
             pull.scores[k][there] = score.to(pull.scores)
         span = Span(begun, run.now(batch.x_t.device), 1 / len(members))
@@ -139,18 +140,19 @@ def _pull_together(pull: Pull, batch: Batch, weights: Tensor, run: GuidanceRun) 
             pull.spans[k].append(span)
         parts = {members[0]: part} if len(members) == 1 else _one_by_one(encoder, members, seen, some, run)
         for k, own in parts.items():
-            pull.own.setdefault(k, torch.zeros_like(batch.x_t))[there] = _of_x_t(encoder, own, seen, run)
+            pull.own.setdefault(k, torch.zeros_like(batch.x_t))[there] = own
             pull.added[k] = pull.own[k]
 
 
 def _one_by_one(
     encoder: Encoder, members: list[int], batch: Batch, weights: Tensor, run: GuidanceRun
 ) -> dict[int, Tensor]:
-    """The gradients of terms that share a pass, each from a pass of its own, if the run is to be measured so."""
+    """The gradients of x_t of terms that share a pass, each from a pass of its own, if the run is to be measured so."""
     if not run.measured:
         return {}
     alone = {k: weights[i : i + 1] for i, k in enumerate(members) if bool((weights[i] != 0).any())}
-    return {k: _encoder_gradient(encoder, [k], batch, weight, run)[0] for k, weight in alone.items()}
+    found = {k: _encoder_gradient(encoder, [k], batch, weight, run)[0] for k, weight in alone.items()}
+    return {k: _of_x_t(encoder, grad, batch, run) for k, grad in found.items()}
 
 
 def _pull_apart(pull: Pull, apart: list[int], batch: Batch, weights: Tensor, run: GuidanceRun) -> None:
@@ -186,7 +188,7 @@ def _blended(parts: dict[int, Tensor], weights: Tensor, run: GuidanceRun) -> dic
             continue
         shares = torch.stack([weights[k] / run.terms[k].scale * run.terms[k].share for k in members])
         together = torch.stack([parts[k] for k in members])
-        found |= dict(zip(members, blend(together, shares.to(together, non_blocking=True)).unbind(), strict=True))
+        found |= dict(zip(members, blend(together, brought(shares.to(together.dtype), together)).unbind(), strict=True))
     return found
 
 
@@ -211,12 +213,12 @@ def _amount(k: int, weight: Tensor, kept: Kept, slope: Tensor, batch: Batch, run
         return weight
     best = term.guidance.best
     gap = term.goal.gap(kept.present, best, term.scale)
-    weight = weight.to(gap.device, non_blocking=True)
+    weight = brought(weight, gap)
     if not term.goal.adapted:
         return weight * (gap / SOFT).clamp(0, 1)
     alpha, square = run.convention.alpha(batch.sigma), batch.sigma.square()
     moved = alpha if reads_noise(term.encoder) else (alpha.square() * run.variance + square) / (alpha * run.variance)
-    alpha, moved, square = (v.to(slope.device, non_blocking=True) for v in (alpha, moved, square))
+    alpha, moved, square = (brought(v, slope) for v in (alpha, moved, square))
     rise = moved * square * slope
     memory = run.memory(k)
     alike = (best - kept.score) / (best - kept.present).clamp(min=LEAST_DISTANCE)  # scores under noise count otherwise

@@ -18,6 +18,7 @@ shrink what is missing, and the last one, a = 0, leaves none of it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .device import Placed
 from .precision import added, precise
 from .schedule import expand
 
@@ -77,14 +79,16 @@ def low_pass(x: Tensor, factor: int) -> Tensor:
 
     A projection (phi(phi(x)) = phi(x)): so the low frequencies, once replaced, are the reference's and stay so.
     """
-    rows, columns = (_kept(side, factor).to(precise(x)) for side in x.shape[-2:])
-    return rows @ precise(x) @ columns.T
+    exact = precise(x)
+    rows, columns = (_kept(side, factor).like(exact) for side in x.shape[-2:])
+    return rows @ exact @ columns.T
 
 
-def _kept(size: int, factor: int) -> Tensor:
+@functools.lru_cache(maxsize=16)
+def _kept(size: int, factor: int) -> Placed:
     """phi along one axis, (size, size) in float64: U (D U)^-1 D, D the means over areas, U the linear interpolation."""
     few = max(1, round(size / factor))
     down = F.adaptive_avg_pool1d(torch.eye(size, dtype=torch.float64)[None], few)[0].T
     up = F.interpolate(torch.eye(few, dtype=torch.float64)[None], size, mode="linear", align_corners=False)[0].T
     means: Tensor = torch.linalg.solve(down @ up, down)
-    return up @ means
+    return Placed(up @ means)

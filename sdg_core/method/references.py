@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .controls import Crop
-from .device import Rows, beside, version_of
+from .device import Rows, beside, brought, version_of
 from .features import Encoder, Features, reads_noise
 from .gradient import Target, Window
 from .guidance import Guidance, Term, fit
@@ -64,9 +64,15 @@ class Batch:
         return Batch(self.x_t[there], self.denoised[there], self.sigma[rows], self.item[rows], frame, self.frames)
 
     def mask(self, term: Term, size: tuple[int, int]) -> Tensor | None:
-        """Where a term acts, (B, 1, h, w) at a size; None is everywhere. Of several masks each frame has its own."""
-        number = self.item if self.frame is None else self.frame
-        return None if term.region is None else term.region.of_picture(number, size, self.x_t)
+        """Where a term acts, (B, 1, h, w) at a size; None is everywhere. Several masks are spread over the frames of a
+        video, from first to last."""
+        region = term.region
+        if region is None:
+            return None
+        number = self.item
+        if self.frame is not None:
+            number = self.frame if region.picture is None else _spread(self.frame, self.frames, len(region.picture))
+        return region.of_picture(number, size, self.x_t)
 
     def unfold(self, shift: Tensor) -> Tensor:
         """(B T, C, H, W) back to the shape that came in."""
@@ -138,7 +144,7 @@ class References:
     def content_of(self, value: object) -> Hashable:
         """What a guidance, a mask or a picture of the run's terms says; read once."""
         if id(value) not in self.contents:
-            self.contents[id(value)] = content(value)
+            self.contents[id(value)] = content(value, self.content_of)
         return self.contents[id(value)]
 
     def _noise(self, view: View, x_t: Tensor) -> tuple[Tensor, Hashable]:
@@ -152,7 +158,7 @@ class References:
 
     def _chosen(self, features: Features, term: Term, batch: Batch) -> Target:
         """Which references (R of them) each sample follows, and how."""
-        if term.several is None:
+        if term.several is None or features.count == 0:
             return Target(features, _of_frames(term.guidance, batch))
         count, choice, now = features.count, term.several.choice, float(batch.sigma.max())
         if choice in ("mean", "nearest"):
@@ -198,7 +204,9 @@ class Seen:
             features = self._pass(torch.cat([picture for picture, _ in shown]), max(depths[key] for key in keys))
             start = 0
             for key, (picture, mask) in zip(keys, shown, strict=True):
-                part = features if len(keys) == 1 else features.take(slice(start, start + len(picture)))
+                part = features
+                if len(keys) > 1:  # copies: what is kept of one picture must not hold the others in memory
+                    part = features.take(slice(start, start + len(picture))).map(torch.clone)
                 self._known[key], start = replace(part, where=mask), start + len(picture)
 
     def features(self, term: Term, crop: Crop | None, image: Tensor, depth: int | None) -> Features:
@@ -216,12 +224,14 @@ class Seen:
         if region is None:
             return self.content_of(image), crop
         place = self.content_of(region.picture) if term.guidance.aligned else None
-        return self.content_of(image), crop, self.content_of(region.reference), place, region.feather
+        shown = self.content_of(region.reference) if image is getattr(term.guidance, "image", None) else None
+        return self.content_of(image), crop, shown, place, region.feather
 
     def _shown(self, term: Term, crop: Crop | None, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """References at the size of the view, with their noise, and their masks."""
-        x_0 = fit(image.to(self.x_t, non_blocking=True), *self.view.size(*self.x_t.shape[-2:]))
-        mask = _reference_mask(term, image, x_0)
+        x_0 = fit(brought(image.to(self.x_t.dtype), self.x_t), *self.view.size(*self.x_t.shape[-2:]))
+        own = image is getattr(term.guidance, "image", None)  # of negative pictures all is read
+        mask = _reference_mask(term, image, x_0) if own else None
         for part in (mask, _place(term, x_0)):
             x_0 = x_0 if part is None else part * x_0
         if crop is not None:
@@ -273,4 +283,9 @@ def _of_frames(guidance: Guidance, batch: Batch) -> Tensor | None:
     count = len(getattr(guidance, "image", ()))
     if batch.frame is None or count < 2:
         return None
-    return (batch.frame * (count - 1) / max(batch.frames - 1, 1)).round().long()
+    return _spread(batch.frame, batch.frames, count)
+
+
+def _spread(frame: Tensor, frames: int, count: int) -> Tensor:
+    """Which of ``count`` things each frame (B,) of 0..frames - 1 has, where they are spread from first to last."""
+    return (frame * (count - 1) / max(frames - 1, 1)).round().long()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .controls import Crop
-from .device import Moment, Rows, Span, now
+from .device import Moment, Rows, Span, brought, now
 from .features import Encoder
 from .gradient import Chunks
 from .guidance import Term
@@ -112,7 +112,7 @@ class Memory:
     def pulled(self, gap: Tensor, acts: Tensor) -> Tensor:
         """A goal's gap (B,) in samples that were short of it once where it acts (B,); 0 in those that never were."""
         known = self.short is not None and self.short.shape == gap.shape
-        short = (gap > 0) & acts.to(gap.device, non_blocking=True)
+        short = (gap > 0) & brought(acts, gap)
         self.short = short | self.short if known and self.short is not None else short
         return torch.where(self.short, gap, torch.zeros_like(gap))
 
@@ -211,6 +211,7 @@ class GuidanceRun:
     left: Moment | None = None
     warned: int = 0
     sigmas: dict[float, float] = field(default_factory=dict)
+    percents: dict[float, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         wanted = [term.budget for term in self.terms if term.budget is not None]
@@ -287,15 +288,15 @@ class GuidanceRun:
         return weights
 
     def percent(self, sigma: Tensor) -> Tensor:
-        """The part of the run (B,) where the noise is sigma (B,): the inverse of ``percent_to_sigma``, by bisection."""
-        found = torch.zeros_like(sigma)
-        for level in torch.unique(sigma):
+        """The part of the run (B,) where the noise is sigma (B,) on the CPU: the inverse of ``percent_to_sigma``, by
+        bisection, once for each noise level."""
+        for level in set(sigma.tolist()) - set(self.percents):
             low, high = 0.0, 1.0
             for _ in range(BISECTIONS):
                 middle = (low + high) / 2
                 low, high = (middle, high) if self.percent_to_sigma(middle) > level else (low, middle)
-            found[sigma == level] = round(low, DECIMALS)
-        return found
+            self.percents[level] = round(low, DECIMALS)
+        return sigma.new_tensor([self.percents[level] for level in sigma.tolist()])
 
     def only(self, k: int, wanted: Tensor) -> Tensor:
         """Weights (K, B) of 1 for term k where ``wanted`` (B,), 0 for all others."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .device import brought
 from .precision import precise
 
 MIN_ALPHA = 1e-4
@@ -104,4 +105,4 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0
 
 def expand(value: Tensor, like: Tensor) -> Tensor:
     """(B,) -> (B, 1, 1, ...) on the device of ``like`` (B, ...), so that it broadcasts over it."""
-    return value.to(like.device, non_blocking=True).reshape(-1, *(1,) * (like.ndim - 1))
+    return brought(value, like).reshape(-1, *(1,) * (like.ndim - 1))

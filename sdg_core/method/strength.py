@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .device import brought
 from .schedule import expand
 
 REACH = 2.0
@@ -77,7 +78,7 @@ def bounded(shift: Tensor, step: Tensor, strength: Strength, variance: float, *p
         if strength.mode == "absolute":
             bound = bound.clamp(max=REACH * math.sqrt(variance))
         for part in parts:
-            bound = bound if part is None else bound * part.to(bound, non_blocking=True)
+            bound = bound if part is None else bound * brought(part.to(bound.dtype), bound)
         allowed = bound / size.clamp(min=tiny)
         factor = allowed if strength.mode == "relative" else allowed.clamp(max=1)
         factor = torch.where(size > 0, factor, torch.zeros_like(factor))

@@ -8,7 +8,7 @@ run of the same schedule, with the same pictures, finds all of them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import fields, is_dataclass
 from weakref import WeakKeyDictionary
 
@@ -35,6 +35,8 @@ class TargetCache:
 
     def keep(self, key: Hashable, target: Features) -> None:
         """Keeps a target, and forgets others where there are too many. One that is larger than all of it isn't kept."""
+        if bytes_of(target) > self.limit:
+            return
         self.size += bytes_of(target) - (bytes_of(self._known.pop(key)) if key in self._known else 0)
         self._known[key] = target
         while self.size > self.limit:
@@ -63,15 +65,15 @@ def bytes_of(features: Features) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def content(value: object) -> Hashable:
+def content(value: object, inner: Callable[[object], Hashable] | None = None) -> Hashable:
     """What a value says: equal for tensors of equal numbers, and for dataclasses of such; other things are their own
-    key."""
+    key. ``inner`` says what a dataclass's fields say; None: likewise."""
     if isinstance(value, Tensor):
         data = value.detach().cpu().contiguous()
         digest = hashlib.sha256(data.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
         return "tensor", str(value.dtype), tuple(value.shape), digest
     if is_dataclass(value) and not isinstance(value, type):
-        return type(value), tuple((part.name, content(getattr(value, part.name))) for part in fields(value))
+        return type(value), tuple((part.name, (inner or content)(getattr(value, part.name))) for part in fields(value))
     if isinstance(value, tuple | list):
         return tuple(map(content, value))
     return value if isinstance(value, Hashable) else id(value)

@@ -182,6 +182,16 @@ def resize(image: Tensor, size: int) -> Tensor:
 def averaging_gain(size: int, height: int, width: int) -> float:
     """What ``resize`` of (height, width) to ``size`` does to white noise: a factor on its standard deviation.
 
-    Averaging k x k pixels divides it by k; enlarging keeps it.
+    Averaging k x k pixels divides it by k; enlarging keeps it. Where the sides don't divide, the areas overlap and
+    differ in size; the factor is then the root of the mean variance.
     """
-    return math.prod(min(1.0, size / side) for side in (height, width)) ** 0.5
+    return math.sqrt(_variance_left(size, height) * _variance_left(size, width))
+
+
+@functools.lru_cache(maxsize=256)
+def _variance_left(size: int, side: int) -> float:
+    """Of unit noise along one axis: mean_i 1 / (ceil((i + 1) side / size) - floor(i side / size)), the areas that
+    ``adaptive_avg_pool2d`` averages."""
+    if side <= size:
+        return 1.0
+    return sum(1 / (-(-(i + 1) * side // size) - i * side // size) for i in range(size)) / size

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..method import LatentFormat, TimestepTable, timestep_embedding
+from ..method import LatentFormat, TimestepTable, brought, timestep_embedding
 from .faces import Face
 
 
@@ -243,7 +243,7 @@ class ADMUNet(nn.Module):
     def network(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """What the weights compute, of whatever they were trained on: see ``ADMConfig.time``."""
         patch = self.config.patch
-        embed = self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(x))
+        embed = self.time_embed(brought(timestep_embedding(timesteps, self.config.model_channels).to(x.dtype), x))
         h = F.pixel_unshuffle(x, patch) if patch > 1 else x
         skips = []
         for block in self.input_blocks:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..files import printable
-from ..method import Features, TimestepTable, averaging_gain, resize, timestep_embedding
+from ..method import Features, TimestepTable, averaging_gain, brought, resize, timestep_embedding
 from .adm import ADMConfig, AttentionBlock, Block, Builder, matching
 
 SHOWN = 12
@@ -194,7 +194,7 @@ class Classifier(nn.Module):
 
     def logits(self, x: Tensor, t: Tensor) -> Tensor:
         """(B, classes) of pictures of its own size and precision."""
-        embed = self.time_embed(timestep_embedding(t, self.config.body.model_channels).to(x, non_blocking=True))
+        embed = self.time_embed(brought(timestep_embedding(t, self.config.body.model_channels).to(x.dtype), x))
         h = F.pixel_unshuffle(x, self.config.body.patch) if self.config.body.patch > 1 else x
         for block in self.input_blocks:
             h = block(h, embed)

@@ -24,7 +24,7 @@ class Prediction:
 class ADMDenoiser:
     """An ADM UNet as a denoiser, in VE scaling, or, where it predicts the flow, in FLOW scaling.
 
-    Pixels are clamped to -1..1 (the paper's clip_denoised); latents have no bounds.
+    Pixels of eps and v models are clamped to -1..1 (the paper's clip_denoised); flows and latents have no bounds.
     """
 
     def __init__(self, unet: ADMUNet) -> None:

@@ -53,8 +53,7 @@ def measure_retrieval(
     device = next(noisy.parameters()).device
     pictures = [images[i, i] for i in range(len(images))]
     parts = [torch.stack([s.picture for s in pictures[i : i + BATCH]]) for i in range(0, len(pictures), BATCH)]
-    parts = [part.to(device).float() / 127.5 - 1 for part in parts]
-    wanted = torch.cat([embedding(clean, part, torch.zeros(1, device=device)) for part in parts])
+    wanted = torch.cat([embedding(clean, _shown(part, device), torch.zeros(1, device=device)) for part in parts])
     rows = []
     for number, t in enumerate(timesteps):
         found = _embeddings(noisy, clean, sight, parts, float(t), seed)
@@ -70,8 +69,9 @@ def _embeddings(
     """What both encoders say (N, D) of all pictures noised to t."""
     ratio = noisy.table.sigma(torch.tensor([t]))
     result: list[list[Tensor]] = [[], []]
-    for number, part in enumerate(parts):
+    for number, picture in enumerate(parts):
         generator = torch.Generator().manual_seed(mixed(seed, number))
+        part = _shown(picture, next(noisy.parameters()).device)
         eps = torch.randn(len(part), sight.channels, sight.size, sight.size, generator=generator).to(part)
         seen = sight.noised(sight.clean(part), eps, ratio.to(part).expand(len(part)))
         for embeds, encoder in zip(result, (noisy, clean), strict=True):
@@ -79,11 +79,16 @@ def _embeddings(
     return torch.cat(result[0]), torch.cat(result[1])
 
 
+def _shown(part: Tensor, device: torch.device) -> Tensor:
+    """Pictures of bytes (B, 3, S, S), which wait on the CPU, on a device in -1..1."""
+    return part.to(device).float() / 127.5 - 1
+
+
 def _score(embed: Tensor, wanted: Tensor) -> tuple[float, float, float]:
     """Retrieval@1, @5 and the mean cosine of (N, D) with their own (N, D)."""
     similar = embed @ wanted.T
     own = similar.diagonal()[:, None]
-    rank = (similar > own).sum(1)
+    rank = (~(similar < own)).sum(1) - 1  # of itself none; what is as near, or no number, counts against it
     return float((rank < 1).float().mean()), float((rank < 5).float().mean()), float(own.mean())
 
 

@@ -18,6 +18,7 @@ from sdg_core.method import (
     ClassGuidance,
     Convention,
     GuidanceRun,
+    Several,
     Term,
     TimestepTable,
     guide,
@@ -213,7 +214,7 @@ def test_guidance_shifts_by_the_gradient_in_the_classifiers_own_scaling(draw):
     """denoised' = denoised + s (1 - abar) / sqrt(abar) grad_u log p(y | u, t), u = x / sqrt(1 + sigma^2)."""
     classifier, sigma = tiny(), torch.tensor([0.7, 0.7], dtype=torch.float64)
     x, denoised = (draw(2, 3, 16, 16, seed=seed).double() for seed in (0, 1))
-    terms = (Term(ClassGuidance(2), classifier, 3.0),)
+    terms = (Term(ClassGuidance(2), classifier, 3.0, several=Several("nearest")),)  # it has no references: no matter
     run = GuidanceRun(terms, Convention.VE, lambda percent: math.inf if percent <= 0 else 0.0)
     found = guide(denoised, x, sigma, run) - denoised
     u = (x / math.sqrt(1 + 0.49)).requires_grad_(True)

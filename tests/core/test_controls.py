@@ -261,6 +261,18 @@ def test_of_the_reference_only_what_its_mask_shows_is_read(kind, encoder, kinds,
     assert float((plain[0] - plain[1]).abs().max()) > 1e-3
 
 
+def test_negative_pictures_are_read_whole_and_may_be_more_than_masks(encoder, step, image, mask, draw):
+    others = draw(3, 3, 8, 8, seed=5)
+    region = Region(reference=mask)
+    guidance = ContentGuidance(image, negative=others)
+    got = shift_of(step, make_run(Term(guidance, encoder, 5.0, region=region)))
+    masked = replace(guidance, negative=others * mask)
+    assert float((got - shift_of(step, make_run(Term(masked, encoder, 5.0, region=region)))).abs().max()) > 1e-4
+    pair = replace(guidance, image=torch.cat([image, others[:1]]))
+    both = Region(reference=torch.cat([mask, mask]))
+    assert bool(shift_of(step, make_run(Term(pair, encoder, 5.0, region=both))).isfinite().all())
+
+
 @pytest.mark.parametrize("centred", [False, True])
 def test_a_masked_gram_is_the_gram_of_the_part(centred, draw):
     feature_map, where = draw(2, 4, 6, 8), torch.zeros(2, 1, 12, 16)
@@ -710,6 +722,17 @@ def test_projection_is_the_nearest_that_lowers_no_score_in_any_order(draw):
     assert float((given * got).flatten(2).sum(2).abs().max()) < 1e-6
     order = [2, 0, 3, 1]
     torch.testing.assert_close(blend(grads[order], torch.ones(4, 2)), got[order], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_gradient_that_is_not_finite_leaves_other_samples_alone(count, draw):
+    grads = draw(count, 2, 3, 4, 4)
+    grads[0, 1] = -grads[1, 1]
+    whole = Blend(project=True)(grads, torch.ones(count, 2))
+    grads[1, 0, 0, 0, 0] = math.nan
+    got = Blend(project=True)(grads, torch.ones(count, 2))
+    torch.testing.assert_close(got[:, 1], whole[:, 1], rtol=1e-9, atol=1e-9)
+    assert not bool(got[1, 0].isfinite().all())
 
 
 def test_gradients_without_conflict_stay_as_they_are(draw):

@@ -261,7 +261,7 @@ def test_resize_averages_down_and_leaves_what_fits(draw):
     assert resize(x, 16).shape == (1, 3, 16, 16)
 
 
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (128, 64), (96, 32), (16, 16)])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (128, 64), (96, 32), (16, 16), (48, 40)])
 @pytest.mark.parametrize("noise_size", [0, 16])
 def test_noise_gain_is_the_factor_on_white_noise(height, width, noise_size, draw):
     model = make_noisy("vit", noise_size=noise_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -40,6 +41,12 @@ def test_ranks_are_those_of_sorting(draw):
     at = [float((order[:, :k] == torch.arange(40)[:, None]).any(1).float().mean()) for k in (1, 5)]
     assert _score(embed, wanted) == pytest.approx((*at, float((embed * wanted).sum(1).mean())))
     assert 0 < at[0] < at[1] < 1
+
+
+@pytest.mark.parametrize("embed", [torch.full((8, 3), math.nan), torch.ones(8, 3)])
+def test_what_tells_no_pictures_apart_finds_none(embed):
+    found_at_1, found_at_5, _ = _score(embed, torch.ones(8, 3))
+    assert (found_at_1, found_at_5) == (0, 0)
 
 
 def test_an_untrained_noisy_clip_reads_as_the_clean_one_does(images):

@@ -14,6 +14,7 @@ from sdg_core.method import (
     Convention,
     GuidanceRun,
     LinearView,
+    Region,
     Strength,
     StructureGuidance,
     StyleGuidance,
@@ -170,6 +171,19 @@ def test_fewer_references_are_spread_from_the_first_frame_to_the_last(encoder, v
         run = make_run(Term(ContentGuidance(images[r : r + 1]), encoder, 50.0))
         alone = guide(frame(denoised, f), frame(x_t, f), SIGMA, run)
         torch.testing.assert_close(frame(got, f), alone, rtol=1e-9, atol=1e-9)
+
+
+def test_fewer_masks_are_spread_from_the_first_frame_to_the_last(encoder, video, images):
+    """Two masks on five frames, as references are spread."""
+    denoised, x_t = video
+    masks = torch.zeros(2, 1, 6, 6)
+    masks[0, ..., :3, :], masks[1, ..., 3:, :] = 1, 1
+    term = Term(ContentGuidance(images[:1]), encoder, 50.0, region=Region(masks))
+    got = guide(denoised, x_t, SIGMA, make_run(term)) - denoised
+    for f, mask in enumerate([0, 0, 0, 1, 1]):
+        moved = frame(got, f).abs().sum(dim=1)
+        assert bool((moved[:, masks[mask, 0] == 0] == 0).all())
+        assert bool((moved[:, masks[mask, 0] == 1] > 0).all())
 
 
 def test_one_reference_serves_all_frames_and_several_are_averaged_for_pictures(encoder, video, images):
