@@ -58,9 +58,9 @@ class SDGClassifierGuidance(io.ComfyNode):
                 ClassifierSocket.Input("classifier", tooltip="The classifier to look through, from Load Classifier."),
                 io.String.Input(
                     "class_name",
-                    default="207",
-                    tooltip="A class by its number, from 0, or by its name where the classifier knows names. "
-                    "Published ones know ImageNet's: 207 is golden retriever.",
+                    default="0",
+                    tooltip="A class by number, from 0, or by name: green background, for the bundled one. "
+                    "Published ones know ImageNet's numbers: 207 is golden retriever.",
                 ),
                 scale_input(
                     defaults.CLASS_SCALE,

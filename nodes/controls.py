@@ -23,7 +23,7 @@ from ..sdg_core.method import (
 )
 from . import host
 from .guidance import GuidanceSocket, guidance_output
-from .inputs import check_finite, to_mask, to_points, to_weights
+from .inputs import check_finite, shown, to_frames, to_mask, to_points, to_weights
 
 POINTS = "0:1, 1:1"
 
@@ -67,8 +67,8 @@ class SDGGuidanceSchedule(io.ComfyNode):
                     default=1,
                     min=1,
                     max=100,
-                    tooltip="Take the gradient at every k-th step and reuse it between. 1 is exact; 2 halves what "
-                    "guidance costs. Usual: 1 to 3.",
+                    tooltip="Take the gradient at every k-th step and reuse it between. 1 is exact; 2 takes half "
+                    "as many. Usual: 1 to 3.",
                 ),
             ],
             outputs=[guidance_output()],
@@ -106,6 +106,8 @@ class SDGGuidanceSpeed(io.ComfyNode):
 
     @classmethod
     def execute(cls, guidance: host.HostGuidance, speed: str) -> io.NodeOutput:
+        if speed not in PACES:
+            raise ValueError(f"Got the speed {shown(speed)}; wanted one of: {', '.join(PACES)}. Choose one.")
         return modified(guidance, PACES[speed].of)
 
 
@@ -225,6 +227,32 @@ class SDGGuidanceAway(io.ComfyNode):
         return modified(guidance, lambda term: replace(term, scale=-abs(term.scale), goal=goal))
 
 
+class SDGGuidanceFrames(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SDGGuidanceFrames",
+            display_name="Guidance Frames (SDG)",
+            category="SDG/guidance",
+            description="Lets a guidance act on chosen frames of a video only. Pictures stay as they are.",
+            inputs=[
+                guidance_input(),
+                io.String.Input(
+                    "frames",
+                    default="0",
+                    tooltip="Latent frames from 0, with commas and ranges; -1 is the last. A latent frame holds "
+                    "several of the video's. Usual: 0, or 0-4,-1.",
+                ),
+            ],
+            outputs=[guidance_output()],
+        )
+
+    @classmethod
+    def execute(cls, guidance: host.HostGuidance, frames: str) -> io.NodeOutput:
+        chosen = to_frames(frames)
+        return modified(guidance, lambda term: replace(term, frames=chosen))
+
+
 class SDGGuidanceReferences(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -256,7 +284,16 @@ class SDGGuidanceReferences(io.ComfyNode):
     @classmethod
     def execute(cls, guidance: host.HostGuidance, choice: str, weights: str) -> io.NodeOutput:
         several = Several(choice, to_weights(weights))
-        return modified(guidance, lambda term: replace(term, several=several))
+        if not any(map(_has_references, host.to_guidance(guidance).terms)):
+            raise ValueError(
+                "Got a guidance without reference pictures; wanted Content, Structure, Style or Direction Guidance. "
+                "Connect one of these, or take this node out."
+            )
+        return modified(guidance, lambda term: replace(term, several=several) if _has_references(term) else term)
+
+
+def _has_references(term: Term) -> bool:
+    return getattr(term.guidance, "image", None) is not None
 
 
 class SDGGuidanceAugment(io.ComfyNode):
@@ -267,7 +304,7 @@ class SDGGuidanceAugment(io.ComfyNode):
             display_name="Guidance Augment (SDG)",
             category="SDG/guidance",
             description="Lets a clean encoder (Load CLIP) look at random crops and mirror images, so that it can't be "
-            "pleased by hidden patterns. Noisy CLIPs need none and stay as they are.",
+            "pleased by hidden patterns. Noisy CLIPs need no crops and get none.",
             inputs=[
                 guidance_input(),
                 io.Int.Input(
@@ -291,8 +328,8 @@ class SDGGuidanceAugment(io.ComfyNode):
                 io.Boolean.Input(
                     "spherical",
                     default=False,
-                    tooltip="Text and content: the angle instead of its cosine. Pulls on where the cosine is nearly "
-                    "reached. Off: the cosine.",
+                    tooltip="Text and content, of noisy CLIPs too: the angle instead of its cosine. Pulls on where the "
+                    "cosine is nearly reached. Off: the cosine.",
                 ),
             ],
             outputs=[guidance_output()],

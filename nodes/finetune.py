@@ -172,7 +172,9 @@ class SDGSaveNoisyCLIP(io.ComfyNode):
             inputs=[
                 NoisyCLIPSocket.Input("noisy_clip", tooltip="From Fine-tune Noisy CLIP, or a loaded one to convert."),
                 io.String.Input(
-                    "name", default="my_noisy_clip", tooltip="File name without ending. A number is added to new ones."
+                    "name",
+                    default="my_noisy_clip",
+                    tooltip="File name without ending. A number is added where it is taken.",
                 ),
                 io.String.Input("dataset", default="", tooltip="Which pictures it learned from. Kept in the file."),
                 io.String.Input("licence", default="", tooltip="Under which licence you share it. Kept in the file."),
@@ -192,6 +194,12 @@ class SDGSaveNoisyCLIP(io.ComfyNode):
         encoder = host.single_encoder(noisy_clip, "noisy_clip").model
         if encoder.reads != "noisy":
             raise ValueError("This CLIP reads clean pictures only. Connect a noisy one, from Fine-tune Noisy CLIP.")
+        precision = next(encoder.tower.parameters()).dtype
+        if precision != torch.float32:
+            raise ValueError(
+                f"Got an encoder in {str(precision).removeprefix('torch.')}; wanted fp32, since what was rounded away "
+                "is lost. Set precision of Load Noisy CLIP to fp32."
+            )
         said = {"dataset": dataset, "licence": licence}
         with torch.inference_mode(False):
             path = keep(encoder, name, half, {key: value for key, value in said.items() if value})
@@ -240,7 +248,9 @@ def sight_of(clean: CleanCLIP, size: int, model: comfy.model_patcher.ModelPatche
 
     def encode(picture: Tensor) -> Tensor:
         with torch.inference_mode():
-            latents = vae.encode(((picture + 1) / 2).movedim(1, -1))
+            pixels, video = ((picture + 1) / 2).movedim(1, -1), getattr(latent, "latent_dimensions", 2) == 3
+            parts = pixels.split(1) if video else [pixels]  # a VAE of videos takes a batch for the frames of one
+            latents = torch.cat([vae.encode(part) for part in parts])
             made = latents.shape[1], latents.shape[-2], latents.shape[-1]
             wanted = latent.latent_channels, picture.shape[-2] // downscale, picture.shape[-1] // downscale
             sized = hasattr(latent, "spacial_downscale_ratio")  # older hosts do not say
@@ -249,7 +259,7 @@ def sight_of(clean: CleanCLIP, size: int, model: comfy.model_patcher.ModelPatche
                     f"Got a VAE that encodes to {made} (channels, height, width); the latents of this model would be "
                     f"{wanted}. Connect the VAE that belongs to the model."
                 )
-            if latents.ndim == 4 and getattr(latent, "latent_dimensions", 2) == 3:
+            if latents.ndim == 4 and video:
                 latents = latents[:, :, None]
             latents = latent.process_in(latents)
         return (latents[:, :, 0] if latents.ndim == 5 else latents).clone().to(picture)

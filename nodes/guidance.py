@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -24,7 +23,7 @@ from ..sdg_core.method import (
     combine,
 )
 from . import defaults, host
-from .inputs import check_finite, shown, to_frames, to_layers, to_lines, to_prompt, to_references
+from .inputs import check_finite, shown, to_layers, to_lines, to_prompt, to_references
 from .loaders import NoisyCLIPSocket
 
 GuidanceSocket = io.Custom("SDG_GUIDANCE")
@@ -244,7 +243,7 @@ class SDGStructureGuidance(io.ComfyNode):
                 scale_input(
                     defaults.STRUCTURE_SCALE,
                     "How strongly to follow the layout. Higher is closer to the reference; 0 is off, "
-                    "negative pushes away (better: Guidance Away). Usual: 100 to 500.",
+                    "negative pushes away (better: Guidance Away). Usual: 100 to 1000.",
                 ),
                 layers_input(
                     defaults.STRUCTURE_LAYERS,
@@ -289,7 +288,7 @@ class SDGStyleGuidance(io.ComfyNode):
                 scale_input(
                     defaults.STYLE_SCALE,
                     "How strongly to follow the style. Higher is closer to the reference; 0 is off, "
-                    "negative pushes away (better: Guidance Away). Usual: 500 to 2000.",
+                    "negative pushes away (better: Guidance Away). Usual: 500 to 4000.",
                 ),
                 layers_input(
                     defaults.STYLE_LAYERS,
@@ -353,7 +352,7 @@ class SDGDirectionGuidance(io.ComfyNode):
                 scale_input(
                     defaults.DIRECTION_SCALE,
                     "How strongly to follow the change. Higher changes more; 0 is off, "
-                    "negative changes the other way. Usual: 50 to 300.",
+                    "negative changes the other way. Usual: 50 to 600.",
                 ),
                 *interval_inputs(*defaults.DIRECTION_INTERVAL),
             ],
@@ -438,30 +437,3 @@ class SDGCombineGuidance(io.ComfyNode):
         patchers = {id(patcher): patcher for guidance, _ in parts for patcher in guidance.patchers}
         terms = combine([(guidance.terms, weight) for guidance, weight in parts], to_blend(conflicts, balance))
         return io.NodeOutput(host.HostGuidance(terms, tuple(patchers.values())))
-
-
-class SDGGuidanceFrames(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="SDGGuidanceFrames",
-            display_name="Guidance Frames (SDG)",
-            category="SDG/guidance",
-            description="Lets a guidance act on chosen frames of a video only. Pictures stay as they are.",
-            inputs=[
-                GuidanceSocket.Input("guidance", tooltip="Any guidance, also a combined one."),
-                io.String.Input(
-                    "frames",
-                    default="0",
-                    tooltip="Latent frames from 0, with commas and ranges; -1 is the last. A latent frame holds "
-                    "several of the video's. Usual: 0, or 0-4,-1.",
-                ),
-            ],
-            outputs=[guidance_output()],
-        )
-
-    @classmethod
-    def execute(cls, guidance: host.HostGuidance, frames: str) -> io.NodeOutput:
-        chosen = to_frames(frames)
-        terms = tuple(replace(term, frames=chosen) for term in host.to_guidance(guidance).terms)
-        return io.NodeOutput(host.HostGuidance(terms, guidance.patchers))

@@ -245,7 +245,7 @@ class SDGLoadADM(io.ComfyNode):
 class SDGEmptyPixelLatent(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        size = {"default": 32, "min": 8, "max": nodes.MAX_RESOLUTION, "step": 8}
+        size = {"default": 128, "min": 8, "max": nodes.MAX_RESOLUTION, "step": 8}
         return io.Schema(
             node_id="SDGEmptyPixelLatent",
             display_name="Empty Pixel Latent (SDG)",

@@ -32,7 +32,9 @@ class SDGSavePreset(io.ComfyNode):
                     "guidance", tooltip="Any guidance, also a combined one. Its encoder is not kept, its pictures are."
                 ),
                 io.String.Input(
-                    "name", default="my_guidance", tooltip="File name without ending. A number is added to new ones."
+                    "name",
+                    default="my_guidance",
+                    tooltip="File name without ending. A number is added where it is taken.",
                 ),
             ],
             outputs=[],

@@ -86,8 +86,7 @@ def to_strength(strength: str, cap: float) -> Strength:
     if strength == "relative" and cap == 0:
         raise ValueError(
             "Relative strength shifts by cap times the model's own step, and cap is 0. Set cap above "
-            "0, for example 0.5, "
-            "or choose absolute."
+            "0, for example 0.25, or choose absolute."
         )
     return Strength(strength, cap or None)
 

@@ -114,7 +114,7 @@ class ADMNet(ADMUNet):
         if len(shape) != 4 or shape[1] != channels:
             raise ValueError(
                 f"Got a latent of shape {tuple(shape)}; this ADM draws pictures, (batch, {channels}, height, width). "
-                "Start from another latent, for example Empty Pixel Latent for pixels or Empty Latent Image for others."
+                "Start from another latent, for example Empty Pixel Latent, with the model's VAE for latents."
             )
         height, width = shape[-2:]
         if height % multiple or width % multiple:

@@ -10,7 +10,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...sdg_core.method import LowFrequencies, fit
+from ...sdg_core.method import Early, LowFrequencies, fit
 from .decoders import format_name
 from .scaling import scaling_of
 from .seam import catch_uncond, percent_to_sigma
@@ -59,8 +59,9 @@ def _replacer(runs: list[LowFrequencies]) -> Callable:
     def predict_noise(executor, x, sigma, model_options, seed):
         guider = executor.class_obj
         model_options, caught = catch_uncond(guider.model_options, model_options)
+        early = Early(sigma)
         denoised = executor(x, sigma, model_options, seed)
-        _, level = scaling_of(guider.model_patcher).core(x, sigma)
+        _, level = scaling_of(guider.model_patcher).core(x, early.read())
         percents = percent_to_sigma(guider.model_patcher)
         for uncond in caught:  # CFG++ samplers step along x - uncond, so its low frequencies count too
             uncond.copy_(runs[-1].hold(uncond, level, percents))

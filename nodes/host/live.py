@@ -7,7 +7,6 @@ without a server nothing is even computed. What is kept is bounded, in curves an
 from __future__ import annotations
 
 import math
-import sys
 import threading
 import time
 import uuid
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...sdg_core.method import Early, GuidanceRun, StepTrace, name_of
+from .text import prompt_server
 
 EVENT = "sdg.curve"
 SECONDS_BETWEEN = 0.1
@@ -217,11 +217,6 @@ def mean(values: Sequence[float], there: Sequence[bool] | None = None) -> Number
     """Of the finite values that are there; None where there are none."""
     known = [v for v, on in zip(values, there or [True] * len(values), strict=True) if on and math.isfinite(v)]
     return sum(known) / len(known) if known else None
-
-
-def prompt_server() -> Any:
-    """The host's server; None where its code is used without."""
-    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def workflow_of_running_prompt(server: Any) -> str | None:

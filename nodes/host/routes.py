@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 
 from ...sdg_core.encoders import NoisyCLIPConfig
 from .files import model_path
-from .live import curves, prompt_server
+from .live import curves
+from .text import prompt_server
 
 PREFIX = "/semantic-diffusion-guidance"
 
@@ -51,7 +52,10 @@ def about_noisy_clip(path: Path) -> dict:
         raise ValueError(f"{path.name} is not a readable safetensors file ({error}).") from error
     if about.get("kind") != "noisy_clip":
         raise ValueError(f"{path.name} does not hold a noisy CLIP. Choose another file.")
-    has_text = about["config"].pop("has_text")
-    config = NoisyCLIPConfig.from_json(about["config"])
+    try:
+        has_text = about["config"].pop("has_text")
+        config = NoisyCLIPConfig.from_json(about["config"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path.name} does not say what it is for. Choose another file.") from error
     rows = [row[:3] for row in config.retrieval]
     return {"view": config.view, "size": config.noise_size or config.image_size, "text": has_text, "retrieval": rows}

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Any
 
 from ...sdg_core.method import GuidanceRun
 
 log = logging.getLogger(__name__)
+
+
+def prompt_server() -> Any:
+    """The host's server; None where its code is used without."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 class NodeText:
@@ -18,7 +24,7 @@ class NodeText:
 
     def say(self, text: str) -> None:
         """Shows the text; nothing where there is no server (the host's code can be used without)."""
-        server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+        server = prompt_server()
         if server is not None and self.node_id is not None:
             server.send_progress_text(text, self.node_id)
 

@@ -64,6 +64,8 @@ def choose_view(model: comfy.model_patcher.ModelPatcher, encoder: CleanCLIP, cho
     latent = model.get_model_object("latent_format")
     pixels = latent.latent_channels == 3
     name = choice.name
+    if name not in VIEWS:
+        raise ValueError(f"Got the view {name!r}; wanted one of: {', '.join(VIEWS)}. Choose one.")
     if name == "auto":
         name = "pixels" if pixels else "linear"
         if encoder.reads == "denoised" and (choice.vae is not None or (not pixels and not has_factors(latent))):

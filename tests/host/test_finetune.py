@@ -182,15 +182,16 @@ def test_a_latent_model_gives_its_linear_view(pack, run, latent_adm, autoencoder
 
 
 class FramesVAE:
-    """A VAE of videos: one frame of so many channels, an eighth as large."""
+    """A VAE of videos: a batch is the frames of one, of so many channels, an eighth as large. Without ``frames`` one
+    of pictures."""
 
     def __init__(self, channels: int, frames: bool = True) -> None:
         self.channels, self.frames = channels, frames
 
     def encode(self, picture: torch.Tensor) -> torch.Tensor:
-        count, height, width, _ = picture.shape
-        shape = (count, self.channels, *([1] if self.frames else []), height // 8, width // 8)
-        return torch.ones(shape)
+        height, width = picture.shape[1:3]
+        means = picture.mean(dim=(1, 2, 3)).view(-1, 1, 1, 1).expand(-1, self.channels, height // 8, width // 8)
+        return means.movedim(0, 1)[None] if self.frames else means
 
 
 @pytest.mark.parametrize("frames", [True, False])
@@ -205,9 +206,9 @@ def test_a_video_models_pictures_are_learned_as_its_own_latents(pack, comfy, fra
             return space
 
     made = pack.finetune.sight_of(load_bundled_clip(), 16, Model(), FramesVAE(16, frames))
-    picture = torch.zeros(2, 3, 64, 64)
-    wanted = space.process_in(torch.ones(2, 16, 1, 8, 8))[:, :, 0]
-    assert torch.equal(made.encode(picture), wanted)
+    picture = torch.stack([torch.full((3, 64, 64), value) for value in (-1.0, 0.5)])
+    means = torch.tensor([0.0, 0.75]).view(2, 1, 1, 1, 1).expand(-1, 16, 1, 8, 8)
+    torch.testing.assert_close(made.encode(picture), space.process_in(means)[:, :, 0])
     other = pack.finetune.sight_of(load_bundled_clip(), 16, Model(), FramesVAE(4, frames))
     with pytest.raises(ValueError, match=r"encodes to \(4, 8, 8\).*would be \(16, 8, 8\). Connect the VAE"):
         other.encode(picture)

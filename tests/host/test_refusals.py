@@ -163,3 +163,32 @@ def test_memory_that_ends_on_the_cpu_is_explained(pack, comfy):
         torch.zeros(2, 3) @ torch.zeros(2, 3)
     with pytest.raises(comfy.model_management.OOM_EXCEPTION), memory.explained("a thing"):
         raise comfy.model_management.OOM_EXCEPTION("allocate memory")
+
+
+def test_controls_say_what_they_can_work_on(run, text):
+    wrong(
+        run, r"without reference pictures; wanted Content, .*take this node out", "SDGGuidanceReferences",
+        guidance=text, choice="mean", weights="",
+    )  # fmt: skip
+    wrong(run, r"Got the speed .*warp.*wanted one of: quality", "SDGGuidanceSpeed", guidance=text, speed="warp")
+
+
+def test_weights_of_references_leave_texts_alone(run, noisy_clip, text):
+    """Content of two pictures and a text, combined: the two numbers are the pictures'."""
+    pair = torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(0))
+    content = run("SDGContentGuidance", noisy_clip=noisy_clip, image=pair, scale=9.0, **WHOLE)
+    both = run("SDGCombineGuidance", guidance_1=content, guidance_2=text)
+    made = run("SDGGuidanceReferences", guidance=both, choice="mean", weights="1, 0.5")
+    assert [None if term.several is None else term.several.weights for term in made.terms] == [(1.0, 0.5), None]
+
+
+def test_an_encoder_in_half_precision_is_not_saved(run):
+    rounded = run("SDGLoadNoisyCLIP", noisy_clip_name="avatars (bundled)", precision="bf16")
+    wrong(
+        run, "Got an encoder in bfloat16; wanted fp32.*Set precision", "SDGSaveNoisyCLIP", noisy_clip=rounded, name="a",
+        dataset="", licence="", half=True,
+    )  # fmt: skip
+
+
+def test_unknown_views_are_refused(run, sampler):
+    wrong(run, r"Got the view 'sideways'; wanted one of: auto", "SDGGuidedKSampler", **sampler | {"view": "sideways"})

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { executionIds, merged, onceEach } from "../../web/js/curve.js";
+import { executionIds, merged, nodesIn, onceEach } from "../../web/js/curve.js";
 import { curve } from "./curves.js";
 
 test("messages in order make the whole curve, however they are cut", () => {
@@ -46,6 +46,12 @@ test("nodes in subgraphs are found by the server's ids, each use of a subgraph b
   assert.deepEqual(executionIds(graph, outer), ["7"]);
   assert.deepEqual(executionIds(graph, inner), ["8:3", "9:3"]);
   assert.deepEqual(executionIds(graph, { id: 7 }), []);
+});
+
+test("nodes of a graph are those of its subgraphs too", () => {
+  const subgraph = { id: "s", nodes: [{ id: 1 }, { id: 2, subgraph: { id: "t", nodes: [{ id: 5 }] } }] };
+  const graph = { id: "g", nodes: [{ id: 7 }, { id: 8, subgraph }] };
+  assert.deepEqual(nodesIn(graph).map((node) => node.id), [7, 8, 1, 2, 5]);
 });
 
 test("many calls draw once a frame", () => {

@@ -83,6 +83,15 @@ export function executionIds(graph, node, prefix = "") {
 }
 
 /**
+ * All nodes of a graph and of the subgraphs in it.
+ * @param {Graph} graph
+ * @returns {GraphNode[]}
+ */
+export function nodesIn(graph) {
+  return graph.nodes.flatMap((node) => [node, ...(node.subgraph ? nodesIn(node.subgraph) : [])]);
+}
+
+/**
  * A function that calls `draw` at most once for each time that `schedule` calls back.
  * @param {() => void} draw
  * @param {(callback: () => void) => void} schedule

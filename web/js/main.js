@@ -4,7 +4,7 @@
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { Chart, Words } from "./chart.js";
-import { executionIds, keyOf, merged } from "./curve.js";
+import { executionIds, keyOf, merged, nodesIn } from "./curve.js";
 import { CHARTED, coloursOf, noisyClipWords, widthOf, wordsFor } from "./look.js";
 
 /** @typedef {import("./curve.js").Curve} Curve */
@@ -12,10 +12,16 @@ import { CHARTED, coloursOf, noisyClipWords, widthOf, wordsFor } from "./look.js
 const ROUTE = "/semantic-diffusion-guidance";
 const EVENT = "sdg.curve";
 
-/** What is known of runs, by workflow and node. @type {Map<string, Curve>} */
+/** As many runs are remembered as the server keeps. */
+const KEPT = 64;
+
+/** What is known of runs, by workflow and node, the latest last. @type {Map<string, Curve>} */
 const curves = new Map();
-/** The charts of the nodes that are there. @type {Map<import("../../../scripts/app.js").Node, Chart>} */
-const charts = new Map();
+/**
+ * The charts of nodes. The frontend makes nodes that never come into a graph, and says nothing when one is gone: copies
+ * on their way to the clipboard, those inside a subgraph. @type {WeakMap<import("../../../scripts/app.js").Node, Chart>}
+ */
+const charts = new WeakMap();
 
 const root = () => app.rootGraph ?? app.graph;
 
@@ -41,14 +47,17 @@ function refresh(node) {
   if (node.size[1] < least) node.setSize([node.size[0], least]);
 }
 
-const refreshAll = () => [...charts.keys()].forEach(refresh);
+const refreshAll = () =>
+  nodesIn(root()).forEach((node) => refresh(/** @type {import("../../../scripts/app.js").Node} */ (node)));
 
 /** @param {Curve} message */
 function hear(message) {
   const key = keyOf(message.workflow, message.node);
   const curve = merged(curves.get(key), message);
   if (!curve) return void ask(message.workflow);
+  curves.delete(key);
   curves.set(key, curve);
+  for (const old of [...curves.keys()].slice(0, -KEPT)) curves.delete(old);
   if (message.workflow === root().id) refreshAll();
 }
 
@@ -58,8 +67,21 @@ function hear(message) {
  */
 async function ask(workflow) {
   if (workflow === null) return;
-  const answer = await api.fetchApi(`${ROUTE}/curves?workflow=${encodeURIComponent(workflow)}`);
-  if (answer.ok) (await answer.json()).curves.forEach(hear);
+  const answer = await get(`curves?workflow=${encodeURIComponent(workflow)}`);
+  answer?.curves?.forEach(hear);
+}
+
+/**
+ * What the server says; null where it says nothing, as while it starts again.
+ * @param {string} what
+ * @returns {Promise<any>}
+ */
+async function get(what) {
+  try {
+    return await (await api.fetchApi(`${ROUTE}/${what}`)).json();
+  } catch {
+    return null;
+  }
 }
 
 /** @param {import("../../../scripts/app.js").Node} node */
@@ -90,9 +112,8 @@ function addWords(node) {
   node.addDOMWidget("sdg_about", "SDG_ABOUT", words.element, options).serialize = false;
   const tell = async () => {
     const chosen = String(name.value);
-    const answer = await api.fetchApi(`${ROUTE}/noisy_clip?name=${encodeURIComponent(chosen)}`);
-    const about = await answer.json();
-    if (chosen === String(name.value)) words.say(noisyClipWords(about));
+    const about = await get(`noisy_clip?name=${encodeURIComponent(chosen)}`);
+    if (about && chosen === String(name.value)) words.say(noisyClipWords(about));
   };
   after(name, "callback", tell);
   after(node, "onConfigure", tell);
