@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import io
-import itertools
 import json
-import re
 import shutil
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from torch import Tensor
-
-from sdg_core import avatars as worlds
-from sdg_core import method as guidance
-from sdg_core import models
-from sdg_core.method import Strength
-from sdg_core.pictures import draw_table
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "example_workflows").glob("*.json"))}
 
-spec = importlib.util.spec_from_file_location("sdg_test_server", Path(__file__).with_name("server.py"))
-tools = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = tools
-spec.loader.exec_module(tools)
+
+def load_helper(name: str) -> ModuleType:
+    """A module beside this one."""
+    spec = importlib.util.spec_from_file_location(f"sdg_test_{name}", Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tools, in_core = load_helper("server"), load_helper("in_core")
 
 FOR_DOWNLOADS = [name for name, workflow in EXAMPLES.items() if tools.needs_download(workflow)]
 BUNDLED = [name for name in EXAMPLES if name not in FOR_DOWNLOADS]
@@ -48,21 +45,6 @@ OF_PIXELS = ["pixels", "paper"]
 PLANS = ["xy"]
 """Examples that give one picture of many runs."""
 REPEATED = [name for name in BUNDLED if name not in (*TRAINING, *TIMED, *JOINED, *OTHER_SAMPLERS)]
-CONTROLS = {
-    "SDGGuidanceSchedule": lambda term, values: replace(term, curves=(curve_of(values),), every=values["every"]),
-    "SDGGuidanceSpeed": lambda term, values: guidance.PACES[values["speed"]].of(term),
-    "SDGGuidanceAugment": lambda term, values: replace(
-        term, augment=guidance.Augment(values["crops"], values["least"])
-    ),
-    "SDGGuidanceAway": lambda term, values: replace(
-        term, scale=-abs(term.scale), goal=guidance.Goal(values["until"], adapted=False)
-    ),
-}
-
-
-def curve_of(values: dict) -> guidance.Curve:
-    points = tuple(tuple(map(float, pair.split(":"))) for pair in values["points"].split(","))
-    return guidance.Curve(points, values["curve"])
 
 
 @pytest.fixture(scope="module")
@@ -89,134 +71,11 @@ def pixels(file: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
 
 
-# The same graphs in the core
-
-
 @pytest.fixture(scope="module")
 def evaluate(installed) -> Callable[[dict, str], Tensor]:
     """evaluate(prompt, node id) -> that node's output, computed by the core alone."""
-    avatars = installed / "custom_nodes/semantic-diffusion-guidance/sdg_core/avatars"
-
-    encode, _ = worlds.bundled_latent_encoder(avatars)
-
-    @functools.cache
-    def world(name: str, route: str) -> worlds.World:
-        found = re.fullmatch(r"avatars latent (\w+) \(bundled\)", name)
-        return worlds.open_world(worlds.WorldName(avatars, *((found[1], route) if found else ())))
-
-    def world_of(prompt):
-        kinds = {node["class_type"] for node in prompt.values()}
-        (name,) = {node["inputs"]["adm_name"] for node in prompt.values() if node["class_type"] == "SDGLoadADM"}
-        return world(name, "clean decoded" if "SDGLoadCLIP" in kinds else "noisy linear")
-
-    def term(kind, values, prompt):
-        here = world_of(prompt)
-        clip = here.classifier if kind == "SDGClassifierGuidance" else here.encoder
-        image = go(prompt, values["image"][0]) if "image" in values else None
-        layers = tuple(int(n) for n in values.get("layers", "1").split(","))
-        lines = values.get("text", "").splitlines()
-        if len(lines) > 1:
-            return tuple(part for line in lines for part in term(kind, values | {"text": line}, prompt))
-        made = {
-            "SDGTextGuidance": lambda: guidance.TextGuidance(
-                clip.encode_text(lines),
-                texts=tuple(lines),
-                negative=clip.encode_text([values["negative"]]) if values.get("negative") else None,
-            ),
-            "SDGContentGuidance": lambda: guidance.ContentGuidance(
-                image, negative=go(prompt, values["negative"][0]) if "negative" in values else None
-            ),
-            "SDGStructureGuidance": lambda: guidance.StructureGuidance(image, layers),
-            "SDGStyleGuidance": lambda: guidance.StyleGuidance(image, layers, values.get("centred", True)),
-            "SDGClassifierGuidance": lambda: guidance.ClassGuidance(clip.number_of(values["class_name"])),
-            "SDGDirectionGuidance": lambda: guidance.DirectionGuidance(
-                image, clip.encode_text([values["to_text"]]) - clip.encode_text([values["from_text"]])
-            ),
-        }[kind]()
-        return (guidance.Term(made, clip, values["scale"], values["start_percent"], values["end_percent"]),)
-
-    def noise(values, count, side, channels):
-        return worlds.batch_noise(values["seed"], count, side, channels)
-
-    def sample(values, prompt):
-        here = world_of(prompt)
-        denoiser, start = here.denoiser, prompt[values["latent_image"][0]]
-        terms = go(prompt, values["guidance"][0]) if "guidance" in values else ()
-        state = here.open_run(terms, Strength(cap=values["cap"]))
-        sigmas = denoiser.sigmas(int(values["steps"] / values["denoise"]))[-(values["steps"] + 1) :]
-        denoise = held(models.guided(denoiser, state), prompt[values["model"][0]], prompt)
-        if start["class_type"] == "RepeatLatentBatch":
-            latents = go(prompt, values["latent_image"][0])
-            x = denoiser.noised(latents, noise(values, *latents.shape[:3:2], latents.shape[1]), sigmas)
-        else:
-            size = start["inputs"]
-            side = size["width"] * denoiser.shape[1] // here.renders.shape[-1]
-            x = denoiser.initial(noise(values, size["batch_size"], side, denoiser.shape[0]), sigmas)
-        if values["sampler_name"] == "euler":
-            *_, last = models.euler(denoise, x, sigmas)
-        else:
-            *_, last = models.euler_ancestral(denoise, x, sigmas, torch.Generator().manual_seed(values["seed"] + 1))
-        picture = (here.decode(last.x) + 1) / 2
-        return picture.clamp(0, 1) * 2 - 1  # a picture of the host is 0..1: this rounds as it does
-
-    def held(denoise, node, prompt):
-        if node["class_type"] != "SDGILVRReference":
-            return denoise
-        values, to_sigma = node["inputs"], world_of(prompt).denoiser.percent_to_sigma()
-        reference = encode(go(prompt, values["image"][0]))
-        low = guidance.LowFrequencies(reference, values["down_factor"], values["start_percent"], values["end_percent"])
-        return lambda x, sigma: low.hold(denoise(x, sigma), sigma, to_sigma)
-
-    def mask(prompt: dict, number: str) -> Tensor:
-        """(1, 1, H, W) of the regions example: the left half, or what is right of it."""
-        if prompt[number]["class_type"] == "InvertMask":
-            return 1 - mask(prompt, prompt[number]["inputs"]["mask"][0])
-        values = prompt[number]["inputs"]
-        whole, part = (prompt[values[name][0]]["inputs"] for name in ("destination", "source"))
-        result = torch.full((1, 1, whole["height"], whole["width"]), whole["value"])
-        result[..., : part["height"], : part["width"]] += part["value"]
-        return result
-
-    def table(values: dict, prompt: dict) -> Tensor:
-        """(1, 3, H, W): what a list of runs gives, run by run: each with one guidance at one factor for the sweep."""
-        plan = values["sweep"][0]
-        rows = [prompt[plan]["inputs"][f"guidance_{i}"][0] for i in (1, 2, 3)]
-        factors = [float(factor) for factor in prompt[plan]["inputs"]["factors"].split(",")]
-        cells = []
-        for row, factor in itertools.product(rows, factors):
-            one = {"class_type": "SDGCombineGuidance", "inputs": {"guidance_1": [row, 0], "weight_1": factor}}
-            cells.append(go(prompt | {plan: one}, values["images"][0]))
-        names = [f"{n}. {guidance.name_of(go(prompt, row)[0])}" for n, row in enumerate(rows, 1)]
-        cells = torch.cat(cells).unflatten(0, (len(rows), len(factors)))
-        drawn = np.asarray(draw_table(cells, names, [f"x {factor:g}" for factor in factors])) / 127.5 - 1
-        return torch.from_numpy(drawn).movedim(-1, 0)[None]
-
-    def go(prompt: dict, number: str):
-        kind, values = prompt[number]["class_type"], prompt[number]["inputs"]
-        if kind == "SDGXYGrid":
-            return table(values, prompt)
-        if kind == "SDGGuidedKSampler":
-            return sample(values, prompt)
-        if kind == "SDGCombineGuidance":
-            used = [i for i in (1, 2, 3, 4) if f"guidance_{i}" in values]
-            parts = [(go(prompt, values[f"guidance_{i}"][0]), values[f"weight_{i}"]) for i in used]
-            blend = guidance.Blend(values.get("balance", 0.0), values.get("conflicts") == "project")
-            return guidance.combine(parts, blend if blend.balance or blend.project else None)
-        if kind == "RepeatLatentBatch":
-            return go(prompt, values["samples"][0]).repeat(values["amount"], 1, 1, 1)
-        if kind == "VAEEncode":
-            return encode(go(prompt, values["pixels"][0]))
-        if kind == "SDGGuidanceMask":
-            region = guidance.Region(mask(prompt, values["mask"][0]))
-            return tuple(replace(term, region=region) for term in go(prompt, values["guidance"][0]))
-        if kind in CONTROLS:
-            return tuple(CONTROLS[kind](term, values) for term in go(prompt, values["guidance"][0]))
-        if kind in ("VAEDecode", "ImageScale", "SaveImage", "SDGGuidanceReport"):
-            passed = ("samples", "image", "images", "latent")
-            return go(prompt, next(values[name] for name in passed if name in values)[0])
-        return term(kind, values, prompt)
-
-    return go
+    core = in_core.Core(installed / "custom_nodes/semantic-diffusion-guidance/sdg_core/avatars")
+    return lambda prompt, number: in_core.Graph(core, prompt).output(number)
 
 
 def scaled(prompt: dict, share: float) -> dict:
