@@ -51,8 +51,8 @@ from .world import Pull, World
 PAIRS = 16
 FACTORS = (4, 2, 8, 16)
 """Down factors of ILVR, in latent pixels. The first goes by "ilvr" alone."""
-TOGETHER = (0.5, 1.0)
-"""Parts of their own scales that content and text have together."""
+TOGETHER: dict[Kind, float] = {"content": 250.0, "text": 275.0}
+"""Scales that they have together."""
 Wish = Mapping[str, int]
 """What is asked for: the judge's attributes, and the index of a value of each."""
 
@@ -96,7 +96,7 @@ def _words(world: World, wish: Wish) -> dict[str, object]:
 
 
 def _text(world: World, pair: Pair) -> tuple[Pull, ...]:
-    return (Pull("text", prompt(_words(world, pair.wish))),)
+    return (world.text(prompt(_words(world, pair.wish))),)
 
 
 def _class(world: World, pair: Pair) -> tuple[Pull, ...]:
@@ -109,8 +109,8 @@ def _image(kind: Kind, world: World, pair: Pair) -> tuple[Pull, ...]:
 
 
 def _both(world: World, pair: Pair) -> tuple[Pull, ...]:
-    content, text = TOGETHER[0] * world.scales["content"], TOGETHER[1] * world.scales["text"]
-    return (Pull("content", pair.reference, content), Pull("text", prompt(_words(world, pair.wish)), text))
+    text = prompt(_words(world, pair.wish))
+    return (Pull("content", pair.reference, TOGETHER["content"]), Pull("text", text, TOGETHER["text"]))
 
 
 def _colours(pair: Pair) -> Wish:

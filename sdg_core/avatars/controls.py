@@ -40,13 +40,13 @@ from .world import Pull, Sampler, World
 
 AWAY = ({"glasses": True}, {"hat": True}, {"background": "blue"}, {"hair": "black"})
 """What pictures are pushed away from: what unguided ones show now and then."""
-AWAY_INTERVAL, AWAY_PART = (0.1, 1.0), 7.2
-"""Where pictures are pushed away, and by which part of the default scale: what shows little has little to lose."""
+AWAY_INTERVAL, AWAY_SCALE = (0.1, 1.0), 1980.0
+"""Where pictures are pushed away, and how much: what shows little has little to lose."""
 
 
 class Spot(NamedTuple):
     """An attribute, the rows of the picture where it is, as parts of its height, and how it is pulled there: the
-    interval, and the part of the default scale.
+    interval, and the scale.
 
     What is decided in the noisiest steps the model carries over to all of the picture; guided later, it changes less
     outside, and takes more.
@@ -55,11 +55,11 @@ class Spot(NamedTuple):
     attribute: str
     rows: tuple[float, float]
     interval: tuple[float, float]
-    strength: float
+    scale: float
 
 
-EYES = Spot("glasses", (0.3, 0.6), (0.4, 1.0), 14.4)
-TOP = Spot("hair", (0.0, 0.5), (0.3, 1.0), 7.2)
+EYES = Spot("glasses", (0.3, 0.6), (0.4, 1.0), 3960.0)
+TOP = Spot("hair", (0.0, 0.5), (0.3, 1.0), 1980.0)
 MASK_SAMPLER: Sampler = "euler"
 """Adds no noise of its own, which would make differences grow everywhere."""
 
@@ -99,12 +99,12 @@ def _every_second(pool: Executor, world: World, settings: Settings, progress: Ca
 
 
 def _text(world: World, wish: dict[str, int]) -> Pull:
-    return Pull("text", prompt({name: world.judge.attributes[name][value] for name, value in wish.items()}))
+    return world.text(prompt({name: world.judge.attributes[name][value] for name, value in wish.items()}))
 
 
 def _away(pool: Executor, world: World, settings: Settings, progress: Callable[[int, int], None]) -> list[Row]:
-    texts, scale = [prompt(wish) for wish in AWAY], AWAY_PART * world.scales["text"]
-    pulls = [Pull("text", text, scale, AWAY_INTERVAL, away=True, until=-1.0) for text in texts]
+    texts = [prompt(wish) for wish in AWAY]
+    pulls = [Pull("text", text, AWAY_SCALE, AWAY_INTERVAL, away=True, until=-1.0) for text in texts]
     jobs = spread_over([(pull,) for pull in pulls], settings)
     guided, plain = with_twins(pool, jobs, {}, settings, progress)
     asked = [texts.index(str(job.pulls[0].target)) for job in jobs for _ in job.seeds]
@@ -166,8 +166,7 @@ def _inside(
     inside = ((place > spot.rows[0]) & (place < spot.rows[1])).float()[:, None].expand(side, side)
     values = world.judge.attributes[spot.attribute]
     wishes = [{spot.attribute: v} for v in scored_values(world, spot.attribute) if values[v] is not False]
-    scale = spot.strength * world.scales["text"]
-    pulls = [(replace(_text(world, wish), region=inside, interval=spot.interval, scale=scale),) for wish in wishes]
+    pulls = [(replace(_text(world, wish), region=inside, interval=spot.interval, scale=spot.scale),) for wish in wishes]
     jobs = spread_over(pulls, settings)
     guided, plain = (x.clamp(-1, 1) for x in with_twins(pool, jobs, {}, settings, progress))
     change = (guided - plain).square().mean(dim=(0, 1))

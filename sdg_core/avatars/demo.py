@@ -29,18 +29,18 @@ class DemoRow:
 def demo_rows(world: World) -> list[DemoRow]:
     """Unguided, text, two attributes, each image guidance, and text and image combined."""
     face, brush = find_render(world, style="flat", background="yellow"), find_render(world, style="pixel", hat=True)
-    glasses, blue = (Pull("text", f"a person with {what}") for what in ("glasses", "blue background"))
+    glasses, blue = (world.text(f"a person with {what}", among=2) for what in ("glasses", "blue background"))
     return [
         DemoRow("Unguided", "the model alone", ()),
         DemoRow("Text", "a person with pink hair", (Pull("text", "a person with pink hair"),)),
         DemoRow("Two lines of text", "a person with glasses\na person with blue background", (glasses, blue)),
         DemoRow("Content", "what is in the picture", (Pull("content", face),)),
         DemoRow("Structure", "its layout as well", (Pull("structure", face),)),
-        DemoRow("Style", "its strokes and palette", (Pull("style", brush),)),
+        DemoRow("Style", "its strokes and palette", (Pull("style", brush, world.scales["style"] / 4),)),
         DemoRow(
             "Text + structure",
             "a person with green hair\nin the picture's layout",
-            (Pull("text", "a person with green hair"), Pull("structure", face, world.scales["structure"] / 2)),
+            (world.text("a person with green hair", among=2), Pull("structure", face, world.scales["structure"] / 2)),
         ),
     ]
 
@@ -85,12 +85,12 @@ def strip_rows(world: World) -> list[DemoRow]:
         DemoRow("Text", "a person with pink hair", (text,)),
         DemoRow("Content", "what is in the picture", (Pull("content", face),)),
         DemoRow("Structure", "its layout as well", (Pull("structure", face),)),
-        DemoRow("Style", "its strokes and palette", (Pull("style", brush),)),
+        DemoRow("Style", "its strokes and palette", (Pull("style", brush, world.scales["style"] / 4),)),
         DemoRow(
             "All at once",
             "the text, the picture, the style",
             (
-                replace(text, scale=3.2 * world.scales["text"]),
+                replace(text, scale=5.2 * world.scales["text"]),
                 Pull("content", face, world.scales["content"] / 2),
                 Pull("structure", face, world.scales["structure"] / 4),
                 Pull("style", brush, world.scales["style"] / 10),

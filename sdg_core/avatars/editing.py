@@ -36,12 +36,12 @@ from .world import Change, Pull, World
 
 DENOISE, DIRECTION, KEEP = 0.8, 600.0, 100.0
 """Of the edit: denoise, and the scales of direction and structure guidance."""
-REGIONS, LONGER = 8.0, (0.0, 0.95)
-"""Of two regions: parts of the default scale, since half a picture shows an encoder less, and the interval: the model
-evens them out in its last steps. More, or longer, tells the halves apart better and smears faces."""
-WITHOUT = 1.0
-MANY = {"background": 1.5, "glasses": 3.0, "hat": 3.0, "style": 0.1}
-"""Parts of the default scales, where several act at once."""
+REGIONS, LONGER = 2200.0, (0.0, 0.95)
+"""Of two regions: the scale, since half a picture shows an encoder less, and the interval: the model evens them out in
+its last steps. More, or longer, tells the halves apart better and smears faces."""
+WITHOUT = 275.0
+MANY = {"background": 412.0, "glasses": 825.0, "hat": 825.0, "style": 400.0}
+"""Scales where several act at once."""
 
 
 def edit_rows(pool: Executor, settings: Settings, progress: Progress) -> list[Row]:
@@ -115,9 +115,8 @@ def composition_rows(pool: Executor, settings: Settings, progress: Progress) -> 
 def _two_regions(world: World) -> tuple[Pull, ...]:
     left = torch.zeros(world.renders.shape[-2:])
     left[:, : left.shape[1] // 2] = 1
-    scale = REGIONS * world.scales["text"]
     blue, green = (prompt({"hair": colour}) for colour in ("blue", "green"))
-    return tuple(Pull("text", words, scale, LONGER, region=side) for words, side in ((blue, left), (green, 1 - left)))
+    return tuple(Pull("text", words, REGIONS, LONGER, region=side) for words, side in ((blue, left), (green, 1 - left)))
 
 
 def _halves_found(world: World, images: Tensor) -> Tensor:
@@ -128,16 +127,16 @@ def _halves_found(world: World, images: Tensor) -> Tensor:
 
 
 def _with_and_without(world: World) -> tuple[Pull, ...]:
-    away = Pull("text", prompt({"glasses": True}), WITHOUT * world.scales["text"], away=True)
-    return (Pull("text", prompt({"background": "red"})), away)
+    away = Pull("text", prompt({"glasses": True}), WITHOUT, away=True)
+    return (world.text(prompt({"background": "red"}), among=2), away)
 
 
 def _four_at_once(world: World) -> tuple[Pull, ...]:
     wishes: tuple[Mapping[str, object], ...] = ({"background": "blue"}, {"glasses": True}, {"hat": True})
-    parts = [MANY[name] for wish in wishes for name in wish]
-    texts = [Pull("text", prompt(w), part * world.scales["text"]) for w, part in zip(wishes, parts, strict=True)]
+    scales = [MANY[name] for wish in wishes for name in wish]
+    texts = [Pull("text", prompt(wish), scale) for wish, scale in zip(wishes, scales, strict=True)]
     reference = find_render(world, style="pixel", background="blue")  # its palette is not against the texts
-    return (*texts, Pull("style", reference, MANY["style"] * world.scales["style"]))
+    return (*texts, Pull("style", reference, MANY["style"]))
 
 
 def _all(world: World, images: Tensor, wanted: Mapping[str, object]) -> Tensor:

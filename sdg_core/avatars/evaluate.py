@@ -15,7 +15,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from multiprocessing import get_context
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ from .jobs import (
     pictures,
     possible,
     prompt,
+    rarity,
     scored_values,
     spread_over,
     spreads,
@@ -54,6 +55,7 @@ from .metrics import (
     frechet_distance,
     grain,
     gram_distance,
+    gram_distances,
     histogram_overlap,
     layout_correlation,
     nearest,
@@ -102,11 +104,13 @@ def text_suite(
     ``rows(hits, twin hits, pictures, twins, jobs)`` reads the outcome.
     """
 
-    def lines(wish: dict[str, int]) -> list[str]:
+    def texts(wish: dict[str, int]) -> tuple[Pull, ...]:
         named = {k: world.judge.attributes[k][v] for k, v in wish.items()}
-        return [prompt(named)] if sentence else [prompt({k: v}) for k, v in named.items()]
+        if sentence:
+            return (world.text(prompt(named), among=len(named)),)
+        return tuple(world.text(prompt({k: v}), k, len(named)) for k, v in named.items())
 
-    pulls = [tuple(Pull("text", line) for line in lines(wish)) for wish in wishes]
+    pulls = [texts(wish) for wish in wishes]
     jobs = spread_over(pulls, settings)
     wish_of = dict(zip(pulls, wishes, strict=True))
     asked = [wish_of[job.pulls] for job in jobs for _ in job.seeds]
@@ -123,7 +127,7 @@ def one_attribute(world: World, settings: Settings) -> list[Suite]:
     fit = judge_accuracy(world)
     names = [name for name in ATTRIBUTES if fit[name] >= JUDGE_BAR]
     small = [name for name in SMALL if settings.world.route and fit[name] >= JUDGE_BAR]
-    found: dict[str, tuple[Row, list[tuple[float, float]], float]] = {}
+    found: dict[str, Outcome] = {}
 
     def collect(name: str) -> TextRows:
         def rows(hit: Tensor, twin_hit: Tensor, images: Tensor, twins: Tensor, jobs: list[Job]) -> list[Row]:
@@ -131,7 +135,8 @@ def one_attribute(world: World, settings: Settings) -> list[Suite]:
                 f"text/{name}", len(hit), float(hit.mean()), float(twin_hit.mean()), 0.75 if name in small else 0.9
             )
             if name in names:
-                found[name] = (row, spreads(world, images, twins, jobs), farther(world, images, twins))
+                near = farther(world, images, twins)
+                found[name] = Outcome(row, spreads(world, images, twins, jobs), near, rarity(world, name))
             return [row] + (overall(list(found.values())) if name == names[-1] else [])
 
         return rows
@@ -146,15 +151,28 @@ def one_attribute(world: World, settings: Settings) -> list[Suite]:
     return [text_suite(world, wishes[name], settings, collect(name)) for name in wishes]
 
 
-def overall(found: list[tuple[Row, list[tuple[float, float]], float]]) -> list[Row]:
+class Outcome(NamedTuple):
+    """What texts about one attribute gave: the row, spreads within each prompt, how far from renders, and how far those
+    renders are themselves that show what was asked for."""
+
+    row: Row
+    pairs: list[tuple[float, float]]
+    near: float
+    rare: float | None
+
+
+def overall(found: Sequence[Outcome]) -> list[Row]:
     """Means over the attributes: accuracy, spread within a prompt over unguided, distance to the nearest render."""
-    n = sum(row.n for row, *_ in found)
-    value, unguided = (mean_of([getattr(row, key) for row, *_ in found]) for key in ("value", "unguided"))
-    ratios = [mean_of([a / b for a, b in pairs]) for _, pairs, _ in found]
+    n = sum(each.row.n for each in found)
+    value, unguided = (mean_of([getattr(each.row, key) for each in found]) for key in ("value", "unguided"))
+    ratios = [mean_of([a / b for a, b in each.pairs]) for each in found]
+    rare = [each.rare for each in found if each.rare is not None]
+    name = "diversity/nearest render"
     return [
         Row("text/one attribute", n, value, unguided, 0.9),
         Row("diversity", n, mean_of(ratios), 1.0, 0.75),
-        Row("diversity/nearest render", n, mean_of([near for *_, near in found]), 1.0, 1.12),
+        Row(name, n, mean_of([each.near for each in found]), 1.0, 1.12),
+        *([Row(f"{name}/of renders alike", n, mean_of(rare), 1.0, None)] if rare else []),
     ]
 
 
@@ -376,7 +394,7 @@ def latent_text(world: World, settings: Settings) -> list[Suite]:
     for name in names:
         for value in scored_values(world, name):
             count = -(-each.samples // len(scored_values(world, name)))
-            pull = Pull("text", prompt({name: world.judge.attributes[name][value]}))
+            pull = world.text(prompt({name: world.judge.attributes[name][value]}))
             for start in range(0, count, CHUNK):
                 jobs.append(Job((pull,), tuple(range(seed + start, seed + min(start + CHUNK, count)))))
             asked += [{name: value}] * count
@@ -513,7 +531,8 @@ def model_rows(pool: Executor, settings: Settings, progress: Progress) -> list[R
     `model/grain` and `model/pixels/grain` (their unguided column: of renders); `model/one step` (RMS of what one step
     at sigma .1 leaves wrong in a render, -1..1); `model/nearest render` (over that of other held-out renders);
     `model/frechet` and `model/pixels/frechet` (over settings.samples pictures, in the latent world's judge);
-    `autoencoder/psnr` (dB) and `autoencoder/grain` of held-out renders.
+    `autoencoder/psnr` (dB) and `autoencoder/grain` of held-out renders; `style/layout/of renders alike`, of two
+    different renders as near in style as guidance should bring pictures: n pairs.
     """
     latent = replace(settings, world=replace(settings.world, model="v", route="noisy linear"))
     pixels = replace(settings, world=WorldName(settings.world.folder))
@@ -540,7 +559,23 @@ def model_rows(pool: Executor, settings: Settings, progress: Progress) -> list[R
         Row("model/pixels/frechet", n, frechet["model/pixels"], plain, None),
         Row("autoencoder/psnr", len(again), float(psnr(again, world.renders).mean()), 0.0, 32.0),
         Row("autoencoder/grain", len(again), float(grain(again).mean()), flat, None),
+        *_alike(world, drawn["model"][: len(world.renders)]),
     ]
+
+
+def _alike(world: World, drawn: Tensor) -> list[Row]:
+    """The layout correlation of renders whose Gram distance is at most ``LATENT_BARS``' part of unguided pictures'."""
+    renders = world.renders
+    apart = gram_distances(world.judge, renders, renders).fill_diagonal_(torch.inf)
+    unguided = gram_distances(world.judge, drawn, renders).mean()
+    a, b = torch.nonzero(apart <= (LATENT_BARS["style"] or 0.0) * unguided).T
+    if len(a) == 0:
+        return []
+    plain = torch.randint(len(renders), (2, 4096), generator=torch.Generator().manual_seed(0))
+    layout, usual = (
+        float(layout_correlation(renders[i], renders[j])[i != j].mean()) for i, j in ((a, b), plain.unbind())
+    )
+    return [Row("style/layout/of renders alike", len(a), layout, usual, None)]
 
 
 def _features(world: World, images: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class Settings:
     world: WorldName = field(default_factory=WorldName)
     references: int = REFERENCES
     only: str = "*"  # which rows of the suites latent and relative, as a pattern of their names
-    intervals: Mapping[Kind, tuple[float, float]] | None = None  # None: the world's
+    intervals: Mapping[Kind, tuple[float, float]] | None = None  # None: the world's, with its curves
 
 
 def prompt(wish: Mapping[str, object]) -> str:
@@ -143,7 +143,7 @@ def start_worker() -> None:
 def run_job(job: Job, settings: Settings) -> Tensor:
     world = worker_world(settings.world)
     if settings.intervals is not None:
-        world = replace(world, intervals=settings.intervals)
+        world = replace(world, intervals=settings.intervals, curves={})
     channels, size, _ = world.denoiser.shape
     noise = seeded_noise(job.seeds, size, channels)
     steps = settings.steps or STEPS["latents" if settings.world.route else "pixels"]
@@ -205,6 +205,17 @@ def farther(world: World, images: Tensor, twins: Tensor) -> float:
     bank = world.held_out.features[:BANK]
     guided, plain = (float(nearest(world.judge.features(x), bank).mean()) for x in (images, twins))
     return guided / plain
+
+
+def rarity(world: World, name: str) -> float | None:
+    """How far held-out renders that show an attribute's values are from their nearest, over all renders: what a picture
+    that shows the same may be farther. Mean over the values; None where too few renders are at hand."""
+    bank, others = world.held_out.features[:BANK], world.held_out.features[BANK:]
+    shown = world.held_out.labels[BANK:, list(world.judge.attributes).index(name)]
+    if len(others) < BANK // 2:
+        return None
+    near = nearest(others, bank)
+    return mean_of([float(near[shown == value].mean() / near.mean()) for value in scored_values(world, name)])
 
 
 def spreads(world: World, images: Tensor, twins: Tensor, jobs: list[Job]) -> list[tuple[float, float]]:

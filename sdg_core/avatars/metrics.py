@@ -22,14 +22,26 @@ def histogram_overlap(image: Tensor, reference: Tensor, bins: int = 4) -> Tensor
     return torch.minimum(_histogram(image, bins), _histogram(reference, bins)).sum(dim=1)
 
 
-def gram_distance(judge: Judge, image: Tensor, reference: Tensor, blocks: int = 3) -> Tensor:
-    """Relative squared Gram distance in the judge's first ``blocks`` maps, averaged: (B,). Not centred, as in SDG."""
-    a, b, distances = image, reference, []
+def gram_distance(judge: Judge, image: Tensor, reference: Tensor) -> Tensor:
+    """Relative squared Gram distance in the judge's first maps, averaged: (B,). Not centred, as in SDG."""
+    pairs = zip(_grams(judge, image), _grams(judge, reference), strict=True)
+    return torch.stack([squared_distance(a, b) / squared_size(b) for a, b in pairs]).mean(dim=0)
+
+
+def gram_distances(judge: Judge, images: Tensor, references: Tensor) -> Tensor:
+    """As ``gram_distance``, of every picture (A, 3, H, W) to every reference (B, 3, H, W): (A, B)."""
+    pairs = zip(_grams(judge, images), _grams(judge, references), strict=True)
+    flat = [(a.flatten(1), b.flatten(1)) for a, b in pairs]
+    return torch.stack([torch.cdist(a, b).square() / b.square().sum(dim=1) for a, b in flat]).mean(dim=0)
+
+
+def _grams(judge: Judge, image: Tensor, blocks: int = 3) -> list[Tensor]:
+    """Gram matrices (B, C, C) of the first maps."""
+    found = []
     for block in list(judge.body)[:blocks]:
-        a, b = block(a), block(b)
-        wanted = gram(b, centred=False)
-        distances.append(squared_distance(gram(a, centred=False), wanted) / squared_size(wanted))
-    return torch.stack(distances).mean(dim=0)
+        image = block(image)
+        found.append(gram(image, centred=False))
+    return found
 
 
 def grain(image: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from ..method import (
     ClassGuidance,
     ContentGuidance,
     Convention,
+    Curve,
     DecodedView,
     DirectionGuidance,
     Goal,
@@ -56,9 +57,18 @@ Sampler = Literal["euler", "euler_ancestral", "paper"]
 SAMPLERS: tuple[Sampler, ...] = ("euler", "euler_ancestral", "paper")
 
 
-NOISY_SCALE: dict[Kind, float] = {"text": 275.0, "content": 500.0, "structure": 1000.0, "style": 4000.0}
+NOISY_SCALE: dict[Kind, float] = {"text": 140.0, "content": 500.0, "structure": 1000.0, "style": 4000.0}
 NOISY_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 1.0), "content": (0.0, 0.95), "style": (0.2, 1.0)}
 """Scales and intervals that the noisy CLIP was measured at on the latent models: their runs start at less noise."""
+
+NOISY_CURVE: dict[str, Curve] = {"content": Curve(((0.0, 0.6), (0.2, 2.5)), "constant")}
+"""Held back in the noisiest fifth, where a strong pull leaps to a picture that it then has to keep."""
+
+NOISY_SEVERAL = 275 / 140
+"""Times its scale that each of several texts has: they share the shift."""
+
+NOISY_SMALL = {"expression": (1100.0, (0.4, 1.0))}
+"""Scales and intervals of texts about few pixels: early on, where the model draws no more than blots, they do harm."""
 
 NEGATIVE = "a person"
 """What all pictures of the latent models share: texts pull better without it."""
@@ -100,6 +110,7 @@ class Pull:
     "class"), or a change. ``region`` (h, w) is where it acts, 1 inside; ``away`` turns it around, until its similarity
     is ``until``; its gradient is taken at ``every`` k-th noise level, or at a ready-made ``pace``. ``negative`` text of
     a text: None is the world's own, "" none; what is pushed away has none. Of content: pictures (N, 3, h, w).
+    ``curve``: None is that of the kind, where the scale is as well.
     """
 
     kind: Kind | Literal["class", "direction"]
@@ -112,6 +123,7 @@ class Pull:
     every: int = 1
     pace: str = "quality"
     negative: str | Tensor | None = None
+    curve: Curve | None = None
 
 
 Route = Literal["noisy linear", "clean linear", "clean decoded"]
@@ -133,9 +145,9 @@ class WorldName:
 class World:
     """Model, encoder and what measures them. ``renders`` (N, 3, S, S) in -1..1, ``labels`` (N, A), -1 unknown.
 
-    ``decoded`` makes pictures of latents, None where the model draws pictures. ``scales`` and ``intervals`` are the
-    defaults by kind, ``negative`` that of texts. ``seen``: what the judge sees in held-out renders; None: it looks at
-    ``renders``.
+    ``decoded`` makes pictures of latents, None where the model draws pictures. ``scales``, ``intervals`` and ``curves``
+    are the defaults by kind, ``negative`` that of texts; ``several`` and ``small`` are as ``NOISY_SEVERAL`` and
+    ``NOISY_SMALL``. ``seen``: what the judge sees in held-out renders; None: it looks at ``renders``.
     """
 
     denoiser: ADMDenoiser
@@ -151,6 +163,9 @@ class World:
     seen: HeldOut | None = None
     classifier_file: Path | None = None
     negative: str = ""
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    several: float = 1.0
+    small: Mapping[str, tuple[float, tuple[float, float]]] = field(default_factory=dict)
 
     @functools.cached_property
     def held_out(self) -> HeldOut:
@@ -168,14 +183,22 @@ class World:
             terms, self.denoiser.convention, to_sigma, strength or Strength(), lambda encoder: self.view, self.variance
         )
 
+    def text(self, words: str, about: str = "", among: int = 1) -> Pull:
+        """A text at the strength that was measured for it: ``about`` which attribute, and ``among`` how many texts."""
+        scale, interval = self.small.get(about, (self.scales["text"], None))
+        return Pull("text", words, scale * (self.several if among > 1 else 1.0), interval)
+
     def term(self, pull: Pull) -> Term:
-        """The pull as a term, at the default scale and interval of its kind unless it has its own."""
+        """The pull as a term, at the default scale, interval and curve of its kind unless it has its own."""
         if pull.kind == "class" or pull.kind == "direction":
             (usual, interval), encoder = OTHERS[pull.kind], self.classifier if pull.kind == "class" else self.encoder
         else:
             usual, interval, encoder = self.scales[pull.kind], self.intervals[pull.kind], self.encoder
         scale, interval = usual if pull.scale is None else pull.scale, pull.interval or interval
+        curve = pull.curve or (self.curves.get(pull.kind) if pull.scale is None else None)
         term = PACES[pull.pace].of(Term(self._guidance(pull), encoder, scale, *interval, every=pull.every))
+        if curve is not None:
+            term = replace(term, curves=(curve,))
         if pull.region is not None:
             term = replace(term, region=Region(pull.region[None, None]))
         return replace(term, scale=-term.scale, goal=Goal(pull.until, adapted=False)) if pull.away else term
@@ -240,7 +263,7 @@ def load_latent_world(name: WorldName) -> World:
     else:
         encoder = load_bundled_clip(latent / "clip.safetensors")
     renders, labels = load_renders(latent / "renders.png")
-    return World(
+    world = World(
         denoiser,
         encoder,
         load_judge(latent / "judge.safetensors"),
@@ -249,12 +272,17 @@ def load_latent_world(name: WorldName) -> World:
         decoded if name.route == "clean decoded" else space.linear_view(),
         1.0,
         decoded,
-        NOISY_SCALE if noisy else CLEAN_SCALE,
-        NOISY_INTERVAL if noisy else CLEAN_INTERVAL,
+        CLEAN_SCALE,
+        CLEAN_INTERVAL,
         load_held_out(latent / "held_out.safetensors"),
         latent / "classifier.safetensors",
-        NEGATIVE if noisy else "",
     )
+    if not noisy:
+        return world
+    return replace(
+        world, scales=NOISY_SCALE, intervals=NOISY_INTERVAL, negative=NEGATIVE, curves=NOISY_CURVE,
+        several=NOISY_SEVERAL, small=NOISY_SMALL,
+    )  # fmt: skip
 
 
 def batch_noise(seed: int, count: int, size: int, channels: int = 3) -> Tensor:
@@ -305,5 +333,6 @@ def sample(
     for step in process:
         progress(step)
         x = step.x
+    run.warn()
     with torch.no_grad():
         return world.decode(x)

@@ -11,6 +11,7 @@ from PIL import Image
 
 SAMPLER = "SDGGuidedKSampler"
 MINUS = "\N{MINUS SIGN}"
+EXECUTE = "command => app.extensionManager.command.execute(command)"
 CATEGORY = re.compile("semantic.diffusion.guidance", re.IGNORECASE)
 """The pack among the templates: its folder, or its name in the user's language where the frontend looks that up."""
 
@@ -72,12 +73,28 @@ def test_a_template_runs_and_its_charts_show_the_run_whatever_the_page_does(fron
     frontend.page.wait_for_function("app.canvas.ds.scale > 1")
 
 
+def test_two_copies_of_a_template_have_charts_of_their_own(frontend):
+    """In two tabs, from the same file: what one ran does not stand at the other."""
+    frontend.open()
+    open_template(frontend, "text")
+    first = frontend.page.evaluate("app.graph.id")
+    frontend.ask("set", SAMPLER, -1, {"seed": 1 + sum(frontend.name.encode()), "steps": 4})
+    frontend.page.get_by_role("button", name="Run", exact=True).first.click()
+    frontend.wait_for_chart(SAMPLER, "title === '4 steps'")
+    frontend.wait_until_idle()
+    open_template(frontend, "text")
+    frontend.page.wait_for_function("first => app.graph.id !== first", arg=first)
+    assert frontend.chart(SAMPLER)["points"] == 0
+    frontend.page.evaluate(EXECUTE, "Workspace.PreviousOpenedWorkflow")
+    frontend.page.wait_for_function("first => app.graph.id === first", arg=first)
+    frontend.wait_for_chart(SAMPLER, "title === '4 steps' && chart.points === 4")
+
+
 def elsewhere_and_back(frontend) -> None:
     """To a new workflow, and back to the first."""
-    execute = "command => app.extensionManager.command.execute(command)"
-    frontend.page.evaluate(execute, "Comfy.NewBlankWorkflow")
+    frontend.page.evaluate(EXECUTE, "Comfy.NewBlankWorkflow")
     frontend.page.wait_for_function("kind => !sdg.node(kind)", arg=SAMPLER)
-    frontend.page.evaluate(execute, "Workspace.PreviousOpenedWorkflow")
+    frontend.page.evaluate(EXECUTE, "Workspace.PreviousOpenedWorkflow")
     frontend.page.wait_for_function("kind => sdg.node(kind)", arg=SAMPLER)
 
 

@@ -15,11 +15,13 @@ sys.path.insert(0, str(ROOT))
 
 from sdg_core.avatars import CLEAN_INTERVAL, CLEAN_SCALE, NOISY_INTERVAL, NOISY_SCALE  # noqa: E402
 from sdg_core.avatars.editing import DENOISE, DIRECTION, KEEP, LONGER, REGIONS  # noqa: E402
-from sdg_core.avatars.world import NEGATIVE, OTHERS  # noqa: E402
+from sdg_core.avatars.world import NEGATIVE, NOISY_CURVE, NOISY_SEVERAL, OTHERS  # noqa: E402
 from sdg_core.method import DEFAULT_INTERVAL, DEFAULT_SCALE, StructureGuidance, StyleGuidance  # noqa: E402
 
 STRUCTURE_LAYERS, STYLE_LAYERS = (",".join(map(str, kind.layers)) for kind in (StructureGuidance, StyleGuidance))
 BUNDLED = "avatars (bundled)"
+SHARED = NOISY_SCALE["text"] * NOISY_SEVERAL
+"""Scale of a text among others, or beside another guidance."""
 CLASS_SETTINGS = [OTHERS["class"][0], *OTHERS["class"][1]]
 ILVR_FACTOR, ILVR_PROMPT = 8, "a person with glasses"
 SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
@@ -214,7 +216,7 @@ class Graph:
     def save(self, name: str) -> None:
         self.make_room()
         workflow = {
-            "id": f"5d600000-0000-4000-8000-{sum(name.encode()):012d}", "revision": 0,
+            "revision": 0,  # without an id: the frontend gives each copy that it opens one of its own
             "last_node_id": len(self.nodes), "last_link_id": len(self.links), "nodes": self.nodes,
             "links": self.links, "groups": self.groups, "config": {}, "extra": {}, "version": 0.4,
         }  # fmt: skip
@@ -274,16 +276,19 @@ def text(
     models: Models,
     at: tuple[int, int],
     prompt: str,
+    scale: float | None = None,
     interval: tuple[float, float] = NOISY_INTERVAL["text"],
 ) -> int:
-    widgets = [prompt, NOISY_SCALE["text"], *interval, NEGATIVE]
+    """By default at the scale that one wish has, or each of several, one a line."""
+    usual = SHARED if "\n" in prompt else NOISY_SCALE["text"]
+    widgets = [prompt, usual if scale is None else scale, *interval, NEGATIVE]
     return graph.add("SDGTextGuidance", "Text Guidance (SDG)", at, widgets, noisy_clip=models.clip)
 
 
 def reference(graph: Graph, models: Models, y: int, prompt: str, seed: int, title: str) -> int:
     """A row that samples one picture by text, to serve as a reference."""
     graph.group(title, 380, y - 80, 1180, 720)
-    guidance = text(graph, models, (400, y), prompt)
+    guidance = text(graph, models, (400, y), prompt, SHARED)  # of two wishes
     image = sampler(graph, models, (800, y), guidance, 1, seed)
     shown(graph, image, (1160, y + 120))
     return image
@@ -310,8 +315,9 @@ def content_example() -> None:
     graph = Graph()
     m = models(graph, "Variations of a picture. The first row samples a reference; Load Image can take its place.\n\n"
                       "Content Guidance follows what it shows, not its pixels. The second row is what the model draws "
-                      "anyway: away from that, the reference's own counts more.\n\nChange first: the seed of the last "
-                      "Guided KSampler, for other variations; then the scale, higher to come closer.")  # fmt: skip
+                      "anyway: away from that, the reference's own counts more. Guidance Schedule holds back while "
+                      "there is mostly noise, and pulls hard from then on.\n\nChange first: the seed of the last "
+                      "Guided KSampler, for other variations; then the points, for example 0:1.")  # fmt: skip
     image = reference(graph, m, 0, "a person with red hair, yellow background", 3, "1. A reference")
     graph.group("2. What the model draws anyway", 380, 720, 1180, 720)
     empty = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (400, 800), [SIDE, SIDE, 8], vae=m.vae)
@@ -321,10 +327,16 @@ def content_example() -> None:
     )  # fmt: skip
     others = graph.add("VAEDecode", "VAE Decode", (1160, 800), [], samples=drawn, vae=m.vae)
     guidance = graph.add(
-        "SDGContentGuidance", "Content Guidance (SDG)", (400, 1600), [*settings("content")],
+        "SDGContentGuidance", "Content Guidance (SDG)", (0, 1600), [*settings("content")],
         noisy_clip=m.clip, image=image, negative=others,
     )  # fmt: skip
-    result(graph, m, 1600, guidance, 0, "content", "3. Sample variations of it")
+    held = NOISY_CURVE["content"]
+    points = ", ".join(f"{p:g}:{v:g}" for p, v in held.points)
+    guidance = graph.add(
+        "SDGGuidanceSchedule", "Guidance Schedule (SDG)", (400, 1600), [held.ease, points, 1], guidance=guidance
+    )
+    graph.group("3. What to follow", -20, 1520, 380, 260)
+    result(graph, m, 1600, guidance, 0, "content", "4. Sample variations of it")
     graph.save("content")
 
 
@@ -361,7 +373,7 @@ def text_and_image_example() -> None:
         "SDGContentGuidance", "Content Guidance (SDG)", (400, 800), [*settings("content")],
         noisy_clip=m.clip, image=image,
     )  # fmt: skip
-    words = text(graph, m, (400, 1000), "a person with blue hair")
+    words = text(graph, m, (400, 1000), "a person with blue hair", SHARED)
     both = graph.add(
         "SDGCombineGuidance", "Combine Guidance (SDG)", (400, 1280), [0.5, 1.0, 1.0, 1.0],
         guidance_1=content, guidance_2=words,
@@ -393,7 +405,7 @@ def ilvr_example() -> None:
         "SDGILVRReference", "ILVR Reference (SDG)", (400, 800), [ILVR_FACTOR, 0.0, 1.0],
         model=m.adm, image=image, vae=m.vae,
     )  # fmt: skip
-    words = text(graph, m, (400, 1060), ILVR_PROMPT)
+    words = text(graph, m, (400, 1060), ILVR_PROMPT, SHARED)
     result(graph, replace(m, adm=held), 800, words, 0, "ilvr", "2. Its low frequencies, with what the text adds")
     graph.save("ilvr")
 
@@ -425,12 +437,12 @@ def regions_example() -> None:
     masked = []
     graph.group("2. Texts", -20, 720, 380, 1000)
     for y, colour, mask in ((800, "blue", left), (1260, "green", right)):
-        words = text(graph, m, (0, y), f"a person with {colour} hair", interval=LONGER)
+        words = text(graph, m, (0, y), f"a person with {colour} hair", REGIONS, LONGER)
         masked.append(
             graph.add("SDGGuidanceMask", "Guidance Mask (SDG)", (0, y + 280), [0.0], guidance=words, mask=mask)
         )
     both = graph.add(
-        "SDGCombineGuidance", "Combine Guidance (SDG)", (400, 800), [REGIONS, REGIONS, 1.0, 1.0],
+        "SDGCombineGuidance", "Combine Guidance (SDG)", (400, 800), [1.0, 1.0, 1.0, 1.0],
         guidance_1=masked[0], guidance_2=masked[1],
     )  # fmt: skip
     result(graph, m, 800, both, 0, "regions", "3. Blue hair left, green hair right")
@@ -525,7 +537,7 @@ def crossfade_example() -> None:
                       "noisy CLIP's own file.")  # fmt: skip
     clean = graph.add("SDGLoadCLIP", "Load CLIP (SDG)", (400, 0), [BUNDLED, "RN50", ""])
     pair = graph.add("SDGEncoderCrossfade", "Encoder Crossfade (SDG)", (400, 200), [200.0], noisy=m.clip, clean=clean)
-    words = text(graph, replace(m, clip=pair), (400, 350), "a person with pink hair and glasses")
+    words = text(graph, replace(m, clip=pair), (400, 350), "a person with pink hair and glasses", SHARED)
     graph.group("Sample through both", 380, -80, 1740, 840)
     latent = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (800, 420), [SIDE, SIDE, 4], vae=m.vae)
     image = sampled(graph, m, (800, 0), words, latent, [0, *SAMPLING], vae=m.vae)
@@ -628,7 +640,7 @@ def finetune_example() -> None:
     graph.group("3. Guide with it", 1900, -80, 1740, 840)
     guidance = graph.add(
         "SDGTextGuidance", "Text Guidance (SDG)", (1920, 0),
-        ["a person with blue background", *settings("text"), NEGATIVE], noisy_clip=tuned,
+        ["a person with blue background", SHARED, *NOISY_INTERVAL["text"], NEGATIVE], noisy_clip=tuned,
     )  # fmt: skip
     four = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (2320, 420), [SIDE, SIDE, 4], vae=vae)
     samples = graph.add(
@@ -657,7 +669,7 @@ def controls_example() -> None:
     early = graph.add(
         "SDGGuidanceSchedule", "Guidance Schedule (SDG)", (-400, 800), ["ease out", "0:1, 0.7:0", 1], guidance=structure
     )
-    words = text(graph, m, (-800, 1060), "a person with glasses")
+    words = text(graph, m, (-800, 1060), "a person with glasses", SHARED)
     away = graph.add("SDGGuidanceAway", "Guidance Away (SDG)", (-400, 1060), [0.0], guidance=words)
     both = graph.add(
         "SDGCombineGuidance", "Combine Guidance (SDG)", (400, 800), [1.0, 1.0, 1.0, 1.0, "project", 0.0],
