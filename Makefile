@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 HOST := $(or $(COMFYUI_PATH),$(HOME)/comfy/ComfyUI)
 
-.PHONY: demo test matrix pythons evaluate closed-form precision gpu-check fuzz soak setup
+.PHONY: demo test matrix pythons evaluate closed-form precision gpu-check fuzz soak
 
 demo: $(VENV)/.demo
 	$(RUN) -m sdg_core demo --out demo.png
