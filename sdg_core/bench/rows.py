@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -48,6 +49,45 @@ def machine() -> dict[str, object]:
 def as_json(rows: Sequence[Row], where: Mapping[str, object]) -> dict[str, object]:
     """{"machine": ..., "rows": [{"name", "value", "unit", "n"}]}."""
     return {"machine": dict(where), "rows": [asdict(row) for row in rows]}
+
+
+MEANINGS = {
+    "text_ms": "text guidance of one picture, one step, without the model",
+    "four_over_one": "text, content, structure and style of one picture, over text alone; references cached",
+    "four_over_one_first_run": "the same in the first run, which looks at the references",
+    "style_over_text": "style of layers 1 to 3, over text",
+    "bf16_over_fp32": "text with the image tower in bf16, over float32",
+    "bf16_degrees": "by how much that turns the correction",
+    "*_over_text_first_run": "in the first run, over text",
+    "*_over_text": "over text; references cached",
+    "references_*": "content with so many references, over one; cached",
+    "batch_*_per_picture": "text, a picture of such a batch over one alone",
+    "side_*": "text on pictures of such a side",
+    "*_compiled_over_*": "through torch.compile, over without",
+    "compile_seconds": "the first pass of a compiled image tower",
+    "unguided_step_s*": "a step of a UNet of SD1.5's size at 512 px with classifier-free guidance",
+    "step_ratio*": "the same step guided by text through the linear view, over that",
+    "extra_memory_mb*": "peak memory that guidance adds",
+    "speedup_over_*": "a guided step of the other way, over ours",
+    "*/accuracy": "one-attribute wishes that came true, in 20 steps",
+    "*/accuracy_equal_time": "one-attribute wishes that came true in the time of our 20 steps",
+    "*/steps_equal_time": "the steps that fit into that time",
+    "*/seconds": "a picture in 20 steps",
+    "finetune_over_*": "pictures a second of fine-tuning with random crops, over those of a bare training step",
+    "finetune_remembered_over_*": "the same where pictures repeat, and the teacher's answers are remembered",
+    "finetune_pictures_per_second": "of fine-tuning with random crops",
+}
+"""What rows say, by the pattern that their names fit first."""
+
+
+def as_markdown(rows: Sequence[Row], where: Mapping[str, object]) -> str:
+    """The machine, and a table of the rows and what they say."""
+    lines = [", ".join(f"{name} {value}" for name, value in where.items() if value is not None), ""]
+    lines += ["| row | | what |", "|---|---|---|"]
+    for row in rows:
+        words = next((said for pattern, said in MEANINGS.items() if fnmatch(row.name, pattern)), "")
+        lines.append(f"| `{row.name}` | {row.value:.3g} {row.unit} | {words} |")
+    return "\n".join(lines)
 
 
 def by_turns(tasks: Mapping[str, Task], rounds: int, before: Task = lambda: None) -> dict[str, float]:

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from ..bench import SUITES, Row, as_json, machine, measure
+from ..bench import SUITES, Row, as_json, as_markdown, machine, measure
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -23,18 +23,23 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench.add_argument("--rounds", type=int, default=5, help="how often each step is timed; medians are compared")
     bench.add_argument("--samples", type=int, default=256, help="pictures of each row of the suite world")
     bench.add_argument("--threads", type=int, default=0, help="of the CPU; 0: as torch chooses")
-    bench.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    form = bench.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    form.add_argument("--markdown", action="store_true", help="print a table in Markdown that says what each row is")
     bench.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """`sdg bench`: a table, or one JSON object with the machine."""
+    """`sdg bench`: a table, plain or in Markdown, or one JSON object; with the machine."""
     if args.threads:
         torch.set_num_threads(args.threads)
     where = machine()
     chosen = list(SUITES) if not args.suite or "all" in args.suite else args.suite
     rows = measure(chosen, args.rounds, args.samples, lambda what: print(what, file=sys.stderr, flush=True))
-    print(json.dumps(as_json(rows, where), indent=2) if args.json else table(rows, where))
+    if args.json:
+        print(json.dumps(as_json(rows, where), indent=2))
+    else:
+        print((as_markdown if args.markdown else table)(rows, where))
 
 
 def table(rows: list[Row], where: dict[str, object]) -> str:

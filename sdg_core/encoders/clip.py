@@ -94,6 +94,14 @@ class CleanCLIP(nn.Module):
         self.tower.to(dtype)
         cache_of(self).clear()
 
+    def compile_tower(self) -> None:
+        """From its next use on the image tower runs compiled (torch.compile): the first pass of each depth, batch and
+        precision takes a minute or so, all others less. Needs what torch.compile needs: a C++ compiler, or Triton.
+
+        Pictures of one batch at noise levels of their own go on as they are.
+        """
+        self.tower.compile()
+
     def noise_gain(self, height: int, width: int) -> float:
         """What ``prepare`` does to white noise of a picture this size before the tower's own enlargement: a factor on
         its standard deviation. Averaging k x k pixels divides it by k; enlarging keeps it.
@@ -146,7 +154,9 @@ def build_clip(config: Mapping[str, Any]) -> CLIP | CustomTextCLIP:
     return model(config["embed_dim"], vision, text, quick_gelu=config.get("quick_gelu", False), **others)
 
 
+@functools.cache
 def _standard_tokenizer(context_length: int) -> Callable[[list[str]], Tensor]:
+    """CLIP's own. Reading its list of words takes longer than a guided step of a small model, so once."""
     import open_clip  # takes seconds, so at first use
 
     tokenizer: Callable[[list[str]], Tensor] = open_clip.SimpleTokenizer(context_length=context_length)
@@ -158,11 +168,17 @@ def tokenizer_of(architecture: str) -> Callable[[list[str]], Tensor]:
     return functools.partial(_tokens, architecture)
 
 
-def _tokens(architecture: str, prompts: list[str]) -> Tensor:
+@functools.cache
+def _tokenizer(architecture: str) -> Callable[[list[str]], Any]:
     import open_clip
 
+    tokenizer: Callable[[list[str]], Any] = open_clip.get_tokenizer(architecture)
+    return tokenizer
+
+
+def _tokens(architecture: str, prompts: list[str]) -> Tensor:
     try:
-        tokens = open_clip.get_tokenizer(architecture)(prompts)
+        tokens = _tokenizer(architecture)(prompts)
     except OSError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(

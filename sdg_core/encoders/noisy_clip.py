@@ -129,7 +129,7 @@ class NoisyCLIP(CleanCLIP):
             )
             return features
         with modulated(self.tower.norms(), conditioning(t)):
-            features = self.tower(image, depth)
+            features = self.tower.forward(image, depth)  # never compiled: what hooks the norms differs by noise level
         return features
 
     def compute_in(self, dtype: torch.dtype) -> None:

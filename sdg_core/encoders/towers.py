@@ -50,7 +50,7 @@ class ResNetTower(Tower):
 
     def __init__(self, visual: ModifiedResNet) -> None:
         super().__init__()
-        self.visual = visual
+        self.visual = visual.to(memory_format=torch.channels_last)
 
     def norms(self) -> list[tuple[str, Norm]]:
         names = [f"visual.bn{i}" for i in (1, 2, 3)]
@@ -65,7 +65,11 @@ class ResNetTower(Tower):
         for stage in (v.stem, v.layer1, v.layer2, v.layer3, v.layer4)[:depth]:
             x = stage(x)
             maps.append(x)
-        return Features(tuple(maps), v.attnpool(x) if depth > self.stages else None)
+        if depth <= self.stages:
+            return Features(tuple(maps))
+        if x.requires_grad:  # pooling gives its gradient in another format, and the blocks would hand that on
+            x.register_hook(_channels_last)  # type: ignore[no-untyped-call]
+        return Features(tuple(maps), v.attnpool(x))
 
 
 class ViTTower(Tower):
@@ -145,6 +149,10 @@ class TimmTower(Tower):
             return Features(tuple(maps))
         last, maps = trunk.forward_intermediates(image, self.indices, output_fmt="NCHW")
         return Features(tuple(maps), self.visual.head(trunk.forward_head(last)))
+
+
+def _channels_last(grad: Tensor) -> Tensor:
+    return grad.contiguous(memory_format=torch.channels_last)
 
 
 def open_tower(visual: nn.Module) -> Tower:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeGuard
+from typing import Any, Literal, Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -106,16 +106,32 @@ def gram(feature_map: Tensor, centred: bool = True, where: Tensor | None = None)
     ``centred`` subtracts each channel's mean first (a covariance): texture without layout's and palette's mean.
     ``where`` (B, 1, h, w) weighs positions, in both averages.
     """
-    flat = precise(feature_map).flatten(2)
+    flat = precise(feature_map).flatten(2).transpose(1, 2)
     if where is not None:
-        part = counts(where, feature_map).flatten(2)
-        part = part / part.mean(dim=2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        centre = (part * flat).mean(dim=2, keepdim=True) if centred else 0.0
+        part = counts(where, feature_map).flatten(2).transpose(1, 2)
+        part = part / part.mean(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        centre = (part * flat).mean(dim=1, keepdim=True) if centred else 0.0
         flat = part.sqrt() * (flat - centre)
-        return flat @ flat.transpose(1, 2) / flat.shape[2]
-    if centred:
-        flat = flat - flat.mean(dim=2, keepdim=True)
-    return flat @ flat.transpose(1, 2) / flat.shape[2]
+    elif centred:
+        flat = flat - flat.mean(dim=1, keepdim=True)
+    products: Tensor = Products.apply(flat)  # type: ignore[no-untyped-call]
+    return products / flat.shape[1]
+
+
+class Products(torch.autograd.Function):
+    """x^T x (B, C, C) of x (B, N, C). dF/dx = x (S + S^T), S = dF/d(x^T x): one product, of which torch's own rule for
+    a @ b takes two; in the memory format of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.mT @ x
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        x: Tensor = ctx.saved_tensors[0]
+        both = slope + slope.mT
+        return x @ both if x.stride(-1) == 1 else (both @ x.mT).mT
 
 
 def counts(where: Tensor, feature_map: Tensor) -> Tensor:

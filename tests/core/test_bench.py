@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sdg_core.bench import as_json, machine, peers, rows, steps, training, world
+from sdg_core.bench import as_json, compiled, machine, peers, rows, steps, training, world
 from sdg_core.bench.peers import METHODS, Peer
 from sdg_core.commands import main
-from sdg_core.encoders import build_clip
+from sdg_core.encoders import CleanCLIP, build_clip
 from sdg_core.method import TextGuidance, expand, rms
 
 SIGMA = 2.0
@@ -117,6 +117,16 @@ def test_step_rows_have_the_promised_names(small):
     assert all(row.value > 0 for row in names.values())
 
 
+def test_compiled_rows_have_the_promised_names(small, monkeypatch):
+    """Compiling itself is tested elsewhere, and takes long."""
+    monkeypatch.setattr(compiled, "noisy_clip", steps.noisy_clip)
+    compiling = []
+    monkeypatch.setattr(CleanCLIP, "compile_tower", lambda self: compiling.append(self))
+    names = {row.name for row in compiled.compiled_rows(1)}
+    assert names == {"text_compiled_over_text", "style_compiled_over_style", "compile_seconds"}
+    assert len(compiling) == 1
+
+
 def test_first_runs_pay_for_references_and_others_do_not(small):
     """By the passes of the encoder, whatever the machine does."""
     encoder, calls = steps.noisy_clip("RN50"), []
@@ -162,3 +172,12 @@ def test_bench_prints_a_table(small, capsys):
     assert main(["bench", "--suite", "steps", "--rounds", "1"]) == 0
     assert "four_over_one " in capsys.readouterr().out
     assert as_json([], machine())["rows"] == []
+
+
+def test_bench_says_in_markdown_what_rows_are(small, capsys):
+    """Every row of the suites has words."""
+    assert main(["bench", "--suite", "steps", "--rounds", "1", "--markdown"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[2:4] == ["| row | | what |", "|---|---|---|"]
+    assert len(lines) > 20
+    assert all(line.count("|") == 4 and len(line.split("|")[3].strip()) > 8 for line in lines[4:])

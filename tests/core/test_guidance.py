@@ -183,6 +183,19 @@ def test_centred_gram_is_the_covariance_of_channels(draw):
         torch.testing.assert_close(got, torch.cov(sample.flatten(1), correction=0))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_gram_matrix_has_the_gradient_of_torchs_own(layout, centred, draw):
+    """Of a function that does not treat both halves of G alike; and in the map's own memory format."""
+    m = draw(2, 3, 4, 5).double().contiguous(memory_format=layout).requires_grad_()
+    weights = draw(2, 3, 3, seed=1).double()
+    flat = m.flatten(2) - (m.flatten(2).mean(dim=2, keepdim=True) if centred else 0)
+    plain = flat @ flat.transpose(1, 2) / 20
+    found, wanted = (torch.autograd.grad((weights * g).sum(), m)[0] for g in (gram(m, centred), plain))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert found.stride() == m.stride()
+
+
 def test_gram_ignores_where_things_are(draw):
     m = draw(1, 4, 5, 6)
     shuffled = m.flatten(2)[..., torch.randperm(30, generator=torch.Generator().manual_seed(0))].view_as(m)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import open_clip
 import pytest
@@ -20,7 +21,9 @@ from sdg_core.encoders import (
     resize,
     save_noisy_clip,
 )
+from sdg_core.encoders import clip as clips
 from sdg_core.encoders.clip import CLIP_MEAN, CLIP_STD
+from sdg_core.encoders.conditioning import Modulate
 from sdg_core.encoders.towers import open_tower
 from sdg_core.files import save
 from sdg_core.method import (
@@ -194,6 +197,31 @@ def test_modulation_is_a_scale_and_a_shift_after_each_norm(draw):
     torch.testing.assert_close(model(x, t, 1).maps[0], F.avg_pool2d(h, 2))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("steep", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("by_sample", [True, False])
+def test_modulation_has_the_gradients_of_torchs_own(layout, steep, by_sample, draw):
+    """In float64, whatever formats the map and the gradient that comes back have; and with only the map asking."""
+    y, pull = (draw(3, 4, 5, 6, seed=k).double().contiguous(memory_format=f) for k, f in ((1, layout), (2, steep)))
+    gain, shift = (draw(3, 4, 1, 1, seed=k).double().requires_grad_(by_sample) for k in (3, 4))
+    asked = (y.requires_grad_(), gain, shift) if by_sample else (y.requires_grad_(),)
+    ours, theirs = Modulate.apply(y, gain, shift), y * gain + shift
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    found, wanted = (torch.autograd.grad(out, asked, pull) for out in (ours, theirs))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert found[0].stride() == y.stride()
+
+
+def test_modulation_of_half_precision_sums_in_the_conditionings_own(draw):
+    y = (100 * draw(2, 3, 16, 16)).bfloat16().requires_grad_()
+    gain, shift = (draw(2, 3, 1, 1, seed=k).requires_grad_() for k in (1, 2))
+    out = Modulate.apply(y, gain, shift)
+    slope, by_gain, by_shift = torch.autograd.grad(out.to(gain).sum(), (y, gain, shift))
+    assert out.dtype == slope.dtype == torch.bfloat16
+    torch.testing.assert_close(by_gain, y.detach().to(gain).sum((2, 3), keepdim=True))
+    torch.testing.assert_close(by_shift, torch.full_like(shift, 256.0))
+
+
 @pytest.mark.parametrize("t", [[250.0], [250.0, 750.0]])
 def test_gradients_in_inference_mode_equal_those_outside(kind, t, draw):
     image, x = draw(1, 3, 32, 32).clamp(-1, 1), draw(2, 3, 32, 32, seed=1)
@@ -279,6 +307,20 @@ def test_text_embeddings_are_open_clips_own_and_normalised():
     tokens = open_clip.SimpleTokenizer(context_length=77)(prompts)
     torch.testing.assert_close(embed, F.normalize(clip.encode_text(tokens), dim=-1))
     torch.testing.assert_close(embed.norm(dim=-1), torch.ones(2))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_list_of_words_is_read_once(named, monkeypatch):
+    built, tokenizer = [], open_clip.SimpleTokenizer
+    monkeypatch.setattr(open_clip, "SimpleTokenizer", lambda **wanted: built.append(1) or tokenizer(**wanted))
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: built.append(1) or tokenizer())
+    monkeypatch.setattr(clips, "_standard_tokenizer", functools.cache(clips._standard_tokenizer.__wrapped__))
+    monkeypatch.setattr(clips, "_tokenizer", functools.cache(clips._tokenizer.__wrapped__))
+    for prompt in ("a red circle", "two squares"):
+        model = make_noisy("vit")
+        model.tokenizer = clips.tokenizer_of("RN50") if named else None
+        model.encode_text([prompt])
+    assert built == [1]
 
 
 def test_without_a_text_tower_text_is_refused_and_images_work(draw):
