@@ -150,6 +150,7 @@ class ADM(comfy.model_base.BaseModel):
         ops = comfy.ops.pick_operations(dtype, host_config.manual_cast_dtype)
         self.diffusion_model = ADMNet(config, dtype, ops=ops, device=device).requires_grad_(False).eval()
         # The host's "linear" is another schedule (betas linear in their root), so the sigmas are set directly.
+        host_config.sampling_settings = {"shift": config.flow_shift} if config.prediction == "flow" else {}
         self.model_sampling = sampling(host_config)
         if config.prediction != "flow":
             self.model_sampling.set_sigmas(TimestepTable.from_name(config.beta_schedule).ratio)

@@ -26,7 +26,8 @@ class ADMConfig:
 
     ``attention_levels`` counts down-samplings: level 3 attends at 1/8 of the (unshuffled) size.
     ``heads`` counts when ``head_channels`` is 0. ``prediction`` is "eps" (published models), "v" or "flow" (eps - x_0,
-    its timestep 1000 * sigma). ``beta_schedule`` names the training schedule, see ``method.betas``.
+    its timestep 1000 * sigma). ``beta_schedule`` names the training schedule, see ``method.betas``; a flow's samplers
+    count a straight line with ``flow_shift``, see ``faces.shifted``.
     ``channels`` is 3 for pixels; a latent model has its space's, described in ``latent_format``.
     ``time`` is what the network was trained on: the "schedule" of its prediction, or the "angle", and then it passes
     for a model of any prediction (see ``faces``); such a network learns no sigma.
@@ -49,6 +50,7 @@ class ADMConfig:
     channels: int = 3
     latent_format: LatentFormat | None = None
     time: str = "schedule"
+    flow_shift: float = 1.0
 
     @property
     def multiple(self) -> int:

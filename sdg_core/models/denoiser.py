@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..method import Convention, TimestepTable, expand, precise
 from .adm import ADMUNet
+from .faces import shifted
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class ADMDenoiser:
         return self.predict(x, sigma).denoised
 
     def sigmas(self, steps: int) -> Tensor:
-        """The sampler's noise levels, (steps + 1,): ComfyUI's "normal" schedule, or a straight line for the flow."""
+        """The sampler's noise levels, (steps + 1,): ComfyUI's "normal" schedule, or the flow's line with its shift."""
         if self.convention is Convention.FLOW:
-            return torch.arange(steps, -1, -1) / steps  # to the bit as the host's
+            return shifted(torch.arange(steps, -1, -1) / steps, self.unet.config.flow_shift)  # to the host's bits
         return normal_sigmas(self.table, steps)
 
     def initial(self, noise: Tensor, sigmas: Tensor) -> Tensor:
@@ -75,7 +76,9 @@ class ADMDenoiser:
 
     def percent_to_sigma(self) -> Callable[[float], float]:
         """Fraction of the run -> sigma, as ComfyUI counts it."""
-        return (lambda percent: 1 - percent) if self.convention is Convention.FLOW else percent_to_sigma(self.table)
+        if self.convention is Convention.FLOW:
+            return lambda percent: shifted(1 - percent, self.unet.config.flow_shift)
+        return percent_to_sigma(self.table)
 
 
 def normal_sigmas(table: TimestepTable, steps: int) -> Tensor:

@@ -13,13 +13,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..method import TimestepTable, expand, precise
 
+Number = TypeVar("Number", float, Tensor)
+
 FACES = ("eps", "v", "flow")
+
+FLOW_SHIFT = 1.5
+"""Of the flow that a network of the angle passes for: its run then has about the noise of the scaled linear schedule's
+at every part, and what was chosen for an eps or v face fits it."""
+
+
+def shifted(time: Number, shift: float) -> Number:
+    """sigma of a flow at the part ``time`` of its run that is still to go: shift t / (1 + (shift - 1) t), which is
+    shift times the noise ratio t / (1 - t) of the straight line (Esser et al. 2024, arXiv 2403.03206). As the host's,
+    to the bit."""
+    return time if shift == 1 else shift * time / (1 + (shift - 1) * time)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..files import PICKLES, fill, load, load_pickle, load_plain
 from .adm import ADMConfig, ADMUNet
 from .classifier import Classifier, ClassifierConfig
-from .faces import FACES
+from .faces import FACES, FLOW_SHIFT
 from .tiny_autoencoder import TinyAutoencoder, encoder_from_state
 
 
@@ -38,7 +38,7 @@ def _faced(config: ADMConfig, face: str, path: Path) -> ADMConfig:
         )
     if face not in FACES:
         raise ValueError(f'Got the face "{face}" for {path.name}; wanted "eps", "v" or "flow".')
-    return replace(config, prediction=face)
+    return replace(config, prediction=face, flow_shift=FLOW_SHIFT)
 
 
 def load_adm(path: Path, face: str | None = None) -> ADMUNet:

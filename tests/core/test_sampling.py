@@ -265,6 +265,21 @@ def test_a_flow_model_starts_from_noise_alone_and_counts_a_straight_line(draw):
     assert [denoiser.percent_to_sigma()(p) for p in (0.0, 0.25, 1.0)] == [1.0, 0.75, 0.0]
 
 
+def test_a_shifted_flow_has_so_many_times_the_noise_ratio():
+    """At every step and at every part of the run."""
+    ratios, parts = [], []
+    for shift in (1.0, 2.5):
+        config = replace(CONFIG, prediction="flow", learn_sigma=False, flow_shift=shift)
+        denoiser = ADMDenoiser(random_unet(config))
+        sigmas = denoiser.sigmas(5).double()
+        assert (sigmas[0], sigmas[-1]) == (1, 0)
+        part = denoiser.percent_to_sigma()(0.3)
+        ratios.append(sigmas[1:] / (1 - sigmas[1:]))
+        parts.append(part / (1 - part))
+    torch.testing.assert_close(ratios[1], 2.5 * ratios[0], rtol=1e-5, atol=0)
+    assert parts[1] == pytest.approx(2.5 * parts[0])
+
+
 @pytest.mark.parametrize("v", [0.25, 1.0])
 def test_euler_ancestral_flow_on_gaussian_data_reaches_its_moments(v, draw):
     """x_0 ~ N(m, v): with denoised = a x + b, every step is a line plus noise, and the end is near N(m, v).
