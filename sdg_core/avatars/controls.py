@@ -1,8 +1,8 @@
 """What controls do to finished pictures of the bundled world.
 
 - `controls/every second/accuracy`: of one-attribute prompts, with the gradient taken at every second noise level, over
-  that of every one; `.../cost`: the time that guidance adds, likewise. `controls/fast/...`: the same at the pace "fast"
-  ("balanced" is every second).
+  that of every one; `.../cost`: the time that guidance adds, likewise. `controls/balanced/...` and
+  `controls/fast/...`: the same at the ready-made paces.
 - `controls/away/lower`: share of pictures, pushed away without an end, whose score of the text, by the guidance's own
   encoder at its least noise, is below their unguided twin's; `.../clean CLIP`: by a CLIP that guides nothing.
 - `controls/mask/outside`: how much pictures change outside a band over the eyes that glasses are put on, over how much
@@ -77,8 +77,8 @@ def control_rows(pool: Executor, settings: Settings, progress: Progress) -> list
 def _every_second(pool: Executor, world: World, settings: Settings, progress: Callable[[int, int], None]) -> list[Row]:
     wishes = [{name: v} for name in ("background", "hair", "glasses") for v in scored_values(world, name)]
     drawn, seconds = [], []
-    for pace in ("quality", "balanced", "fast", None):
-        pulls = [() if pace is None else (replace(_text(world, wish), pace=pace),) for wish in wishes]
+    for change in ({}, {"every": 2}, {"pace": "balanced"}, {"pace": "fast"}, None):
+        pulls = [() if change is None else (replace(_text(world, wish), **change),) for wish in wishes]
         jobs = spread_over(pulls, settings)
         parts = list(pool.map(timed_job, jobs, [settings] * len(jobs)))
         progress(len(jobs), len(jobs))
@@ -89,7 +89,9 @@ def _every_second(pool: Executor, world: World, settings: Settings, progress: Ca
     full, *fewer, none = (float(hits(world, images, asked).mean()) for images in drawn)
     whole, *less, plain = seconds
     rows = []
-    for name, reached, spent, bar in zip(("every second", "fast"), fewer, less, (0.6, None), strict=True):
+    for name, reached, spent, bar in zip(
+        ("every second", "balanced", "fast"), fewer, less, (0.6, 0.6, None), strict=True
+    ):
         cost = (spent - plain) / (whole - plain)
         rows += [
             Row(f"controls/{name}/accuracy", len(asked), reached / full, none / full, 0.9),

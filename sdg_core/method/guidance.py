@@ -243,9 +243,9 @@ class Term:
     pushes away. A combined guidance is a tuple of terms; its score is the sum of scale * score. ``fade`` weighs by the
     noise, where two encoders share the work. ``frames``: those of a video to guide, negative ones counted from the
     end; None is all. The other fields are ``controls``: ``curves`` multiply the scale over the run; the gradient is
-    taken at ``every`` k-th noise level only and reused between; ``region`` bounds what is read and
-    shifted; at its ``goal`` it stops; ``several`` says how it follows more than one reference; terms
-    of one ``blend`` come together by it, at their ``share``; a clean encoder may look by ``augment``;
+    taken at ``every`` k-th noise level only and reused between, but at each up to the part ``lead`` of the run;
+    ``region`` bounds what is read and shifted; at its ``goal`` it stops; ``several`` says how it follows more than one
+    reference; terms of one ``blend`` come together by it, at their ``share``; a clean encoder may look by ``augment``;
     guidance may cost ``budget`` percent of the model's time.
     """
 
@@ -258,6 +258,7 @@ class Term:
     frames: tuple[int, ...] | None = None
     curves: tuple[Curve, ...] = ()
     every: int = 1
+    lead: float = 0.0
     region: Region | None = None
     goal: Goal | None = None
     several: Several | None = None
@@ -296,18 +297,23 @@ class Term:
 
 @dataclass(frozen=True)
 class Pace:
-    """How often a guidance looks: at every ``every`` k-th noise level, up to the part ``end`` of the run."""
+    """How often a guidance looks: at every noise level in the first part ``lead`` of its interval, then at every
+    ``every`` k-th, up to the part ``end`` of the run. What a picture shows is decided early."""
 
     every: int = 1
     end: float = 1.0
+    lead: float = 0.0
 
     def of(self, term: Term) -> Term:
         """The term at this pace; one that looks less often by itself, or ends earlier, stays so."""
-        end = min(term.end, max(self.end, term.start + (term.end - term.start) * self.end))
-        return replace(term, every=max(term.every, self.every), end=end)
+        if term.every > 1:
+            slower = replace(term, every=max(term.every, self.every))
+        else:
+            slower = replace(term, every=self.every, lead=term.start + (term.end - term.start) * self.lead)
+        return replace(slower, end=min(term.end, max(self.end, term.start + (term.end - term.start) * self.end)))
 
 
-PACES = {"quality": Pace(), "balanced": Pace(2), "fast": Pace(3, 0.6)}
+PACES = {"quality": Pace(), "balanced": Pace(3, 1.0, 0.3), "fast": Pace(3, 0.6, 0.25)}
 """Ready-made ones; ``sdg evaluate --suite controls`` says what each costs, and how often it reaches what was asked."""
 
 

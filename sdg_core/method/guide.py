@@ -238,7 +238,7 @@ def _own_gradient(k: int, wanted: Tensor, batch: Batch, run: GuidanceRun) -> Kep
     The gradient last taken serves again where no new one is due.
     """
     memory, level = run.memory(k), float(batch.sigma.max())
-    kept = memory.find(level, wanted, batch.x_t.shape, run.every(k))
+    kept = memory.find(level, wanted, batch.x_t.shape, run.every(k, level))
     if kept is None:
         run.gradients += 1
         crops = run.crops(k, batch)

@@ -262,10 +262,12 @@ class GuidanceRun:
         """What term k keeps between model calls."""
         return self.memories.setdefault(k, Memory())
 
-    def every(self, k: int) -> int:
-        """At every how many noise levels the gradient of term k is taken."""
+    def every(self, k: int, level: float) -> int:
+        """At every how many noise levels the gradient of term k is taken, at the noise ``level`` (sigma)."""
         term = self.terms[k]
-        return term.every if term.budget is None or self.budget is None else max(term.every, self.budget.every)
+        if term.budget is not None and self.budget is not None:
+            return max(term.every, self.budget.every)
+        return 1 if term.lead > 0 and level > self.sigma_at(term.lead) else term.every
 
     def weights(self, sigma: Tensor, frame: Tensor | None = None, frames: int = 1, curved: bool = True) -> Tensor:
         """Scale of every term at sigma (B,): (K, B) on the CPU, 0 outside its interval and where x_t holds no signal.

@@ -77,7 +77,7 @@ def test_edits_and_compositions_are_measured(capsys):
 
 def test_controls_are_measured(capsys):
     rows = {row["name"]: row for row in evaluated(capsys, "controls", 8)}
-    assert {name.split("/")[1] for name in rows} == {"every second", "fast", "away", "mask"}
+    assert {name.split("/")[1] for name in rows} == {"every second", "balanced", "fast", "away", "mask"}
     assert rows["controls/mask/outside"]["value"] < 1
 
 

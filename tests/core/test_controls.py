@@ -187,6 +187,17 @@ def test_the_steps_where_the_gradient_is_taken_are_exact(encoder, kinds, draw):
         torch.testing.assert_close(reused[i], exact[i], rtol=1e-9, atol=1e-12)
 
 
+def test_in_its_lead_every_level_has_a_gradient_of_its_own(encoder, kinds, draw):
+    exact, led = Term(kinds["content"], encoder, 5.0), Term(kinds["content"], encoder, 5.0, every=99, lead=0.5)
+    passes = sum(sigma > make_run(led).sigma_at(0.5) for sigma in EULER)
+    assert 1 < passes < len(EULER) - 1
+    got = sampled(draw, make_run(led), EULER)
+    assert encoder.calls == (2 * passes if encoder.reads == "noisy" else passes + 1)  # the reference's besides
+    wanted = sampled(draw, make_run(exact), EULER)
+    for i in range(passes):
+        torch.testing.assert_close(got[i], wanted[i], rtol=1e-9, atol=1e-12)
+
+
 def test_a_batch_with_reuse_equals_its_samples_alone(encoder, kinds, step):
     denoised, x_t, _ = step
     term = Term(kinds["content"], encoder, 5.0, every=2)
@@ -199,9 +210,11 @@ def test_a_batch_with_reuse_equals_its_samples_alone(encoder, kinds, step):
 
 def test_a_pace_leaves_alone_what_is_slower_or_ends_earlier(tiny_encoder, kinds):
     term = Term(kinds["text"], tiny_encoder(), 5.0, 0.1, 0.9)
-    assert [(PACES[p].of(term).every, PACES[p].of(term).end) for p in PACES] == [(1, 0.9), (2, 0.9), (3, 0.6)]
+    paced = [PACES[name].of(term) for name in ("quality", "balanced", "fast")]
+    assert [(term.every, term.end) for term in paced] == [(1, 0.9), (3, 0.9), (3, 0.6)]
+    assert [term.lead for term in paced] == pytest.approx([0.1, 0.34, 0.3])
     slow = PACES["fast"].of(replace(term, every=5, end=0.5))
-    assert (slow.every, slow.end) == (5, 0.5)
+    assert (slow.every, slow.lead, slow.end) == (5, 0.0, 0.5)
     late = PACES["fast"].of(replace(term, start=0.8))
     assert 0.8 < late.end < 0.9
 
@@ -917,7 +930,7 @@ def test_the_smallest_budget_counts_for_all_that_have_one(tiny_encoder, kinds):
     run = make_run(*terms)
     assert run.budget.percent == 20.0
     run.budget.every = 4
-    assert [run.every(k) for k in range(3)] == [4, 4, 1]
+    assert [run.every(k, 1.0) for k in range(3)] == [4, 4, 1]
     assert make_run(terms[2]).budget is None
 
 
