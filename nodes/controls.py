@@ -97,8 +97,8 @@ class SDGGuidanceSpeed(io.ComfyNode):
                     "speed",
                     options=list(PACES),
                     default="balanced",
-                    tooltip="quality: a gradient at every step. balanced: half of them, most at the start, reused between. "
-                    "fast: a third, in the run's first 60 %.",
+                    tooltip="quality: a gradient at every step. balanced: half of them, most at the start, reused "
+                    "between. fast: a third, in the run's first 60 %.",
                 ),
             ],
             outputs=[guidance_output()],

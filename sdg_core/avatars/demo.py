@@ -90,7 +90,7 @@ def strip_rows(world: World) -> list[DemoRow]:
             "All at once",
             "the text, the picture, the style",
             (
-                replace(text, scale=5.2 * world.scales["text"]),
+                replace(text, scale=5.4 * world.scales["text"]),
                 Pull("content", face, world.scales["content"] / 2),
                 Pull("structure", face, world.scales["structure"] / 4),
                 Pull("style", brush, world.scales["style"] / 10),

@@ -57,14 +57,15 @@ Sampler = Literal["euler", "euler_ancestral", "paper"]
 SAMPLERS: tuple[Sampler, ...] = ("euler", "euler_ancestral", "paper")
 
 
-NOISY_SCALE: dict[Kind, float] = {"text": 140.0, "content": 500.0, "structure": 1000.0, "style": 4000.0}
+NOISY_SCALE: dict[Kind, float] = {"text": 135.0, "content": 500.0, "structure": 1000.0, "style": 4000.0}
 NOISY_INTERVAL = {**DEFAULT_INTERVAL, "text": (0.0, 1.0), "content": (0.0, 0.95), "style": (0.2, 1.0)}
 """Scales and intervals that the noisy CLIP was measured at on the latent models: their runs start at less noise."""
 
-NOISY_CURVE: dict[str, Curve] = {"content": Curve(((0.0, 0.6), (0.2, 2.5)), "constant")}
-"""Held back in the noisiest fifth, where a strong pull leaps to a picture that it then has to keep."""
+NOISY_CURVE: dict[str, Curve] = {"content": Curve(((0.0, 0.6), (0.2, 5.0), (0.5, 8.0), (0.8, 0.3)), "constant")}
+"""Held back in the noisiest fifth, where a strong pull leaps to a picture that it then has to keep, and in the last,
+which cleans up."""
 
-NOISY_SEVERAL = 275 / 140
+NOISY_SEVERAL = 340 / 135
 """Times its scale that each of several texts has: they share the shift."""
 
 NOISY_SMALL = {"expression": (1100.0, (0.4, 1.0))}

@@ -68,7 +68,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     check.add_argument("--steps", type=int, default=0, help="0: 50, and 20 for the latent models")
     check.add_argument("--sampler", choices=SAMPLERS, default="euler_ancestral")
     check.add_argument("--processes", type=int, default=0, help="0: one per core")
-    check.add_argument("--block", type=int, default=1, help="of seeds and references; the scales were chosen on 0")
+    check.add_argument("--block", type=int, default=2, help="of seeds and references; scales were chosen on 0 and 1")
     check.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     check.set_defaults(run=run_evaluate)
     add_models(check)

@@ -60,6 +60,7 @@ class Controls:
     frames: tuple[int, ...] | None
     curves: tuple[Curve, ...]
     every: int
+    lead: float
     region: Region | None
     goal: Goal | None
     several: Several | None
@@ -140,6 +141,7 @@ def _guidance_fields(term: Term, blends: list[Blend]) -> dict[str, object]:
         "frames": None if term.frames is None else list(term.frames),
         "curves": [{"points": [list(point) for point in c.points], "ease": c.ease} for c in term.curves],
         "every": term.every,
+        "lead": term.lead,
         "region": None if term.region is None else _region_fields(term.region),
         "goal": None if goal is None else {"similarity": goal.similarity, "adapted": goal.adapted},
         "several": None if several is None else {"choice": several.choice, "weights": list(several.weights)},
@@ -220,6 +222,7 @@ def _read_recipe(fields: Fields, blends: Sequence[Blend]) -> Recipe:
         frames=fields.optional("frames", lambda name: fields.items(name, 10 * MANY, _read_frame, 1)),
         curves=fields.items("curves", MANY, lambda value, path: whole_object(value, path, _read_curve)),
         every=fields.whole("every", 1, MANY),
+        lead=fields.number("lead", 0, 1),
         region=fields.part("region", _read_region),
         goal=fields.part("goal", lambda part: Goal(part.number("similarity", -1, 1), part.flag("adapted"))),
         several=fields.part("several", _read_several),

@@ -13,6 +13,7 @@ from torch import Tensor
 from sdg_core.files import save
 from sdg_core.method import Convention, LatentFormat, TimestepTable
 from sdg_core.models import ADMConfig, ADMDenoiser, ADMUNet, load_adm, read_adm
+from sdg_core.models.faces import FLOW_SHIFT
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -200,7 +201,7 @@ def write(path, config: ADMConfig = CONFIG) -> ADMUNet:
 def test_one_file_is_opened_with_any_face(face, tmp_path, draw):
     unet = write(tmp_path / "model.safetensors")
     loaded = load_adm(tmp_path / "model.safetensors", face)
-    assert loaded.config == replace(CONFIG, prediction=face or "v")
+    assert loaded.config == replace(CONFIG, prediction=face or "v", flow_shift=FLOW_SHIFT if face else 1.0)
     assert read_adm(tmp_path / "model.safetensors", face)[0] == loaded.config
     x, timesteps = draw(2, 4, 16, 16), torch.tensor([3.0, 871.5])
     assert torch.equal(loaded(x, timesteps), faces()[face or "v"](x, timesteps))

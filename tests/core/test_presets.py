@@ -80,7 +80,7 @@ def terms(encoder, draw):
     parts = (
         Term(text, encoder, 200.0, 0.2, 0.6, curves=(curve, Curve())),
         Term(ContentGuidance(rough, True, seen), encoder, -1e-3, several=Several("nearest", (1.0, 0.25))),
-        Term(StructureGuidance(seen, (1, 2)), encoder, 30.0, region=Region(mask, soft, 0.1), every=2),
+        Term(StructureGuidance(seen, (1, 2)), encoder, 30.0, region=Region(mask, soft, 0.1), every=2, lead=0.3),
         Term(StyleGuidance(seen, (2,), True), encoder, 1 / 3, goal=Goal(0.7), budget=25.5, frames=(0, -1)),
         Term(DirectionGuidance(seen[:1], change[1:] - change[:1], ("a", "b")), encoder, 20.0, goal=Goal(0.1, False)),
     )

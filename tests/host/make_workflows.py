@@ -20,8 +20,10 @@ from sdg_core.method import DEFAULT_INTERVAL, DEFAULT_SCALE, StructureGuidance, 
 
 STRUCTURE_LAYERS, STYLE_LAYERS = (",".join(map(str, kind.layers)) for kind in (StructureGuidance, StyleGuidance))
 BUNDLED = "avatars (bundled)"
-SHARED = NOISY_SCALE["text"] * NOISY_SEVERAL
-"""Scale of a text among others, or beside another guidance."""
+SEVERAL = round(NOISY_SCALE["text"] * NOISY_SEVERAL, 6)
+"""Scale of each of several texts."""
+SHARED = 275.0
+"""Scale of a text beside another guidance, or of one with several wishes."""
 CLASS_SETTINGS = [OTHERS["class"][0], *OTHERS["class"][1]]
 ILVR_FACTOR, ILVR_PROMPT = 8, "a person with glasses"
 SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
@@ -280,7 +282,7 @@ def text(
     interval: tuple[float, float] = NOISY_INTERVAL["text"],
 ) -> int:
     """By default at the scale that one wish has, or each of several, one a line."""
-    usual = SHARED if "\n" in prompt else NOISY_SCALE["text"]
+    usual = SEVERAL if "\n" in prompt else NOISY_SCALE["text"]
     widgets = [prompt, usual if scale is None else scale, *interval, NEGATIVE]
     return graph.add("SDGTextGuidance", "Text Guidance (SDG)", at, widgets, noisy_clip=models.clip)
 
