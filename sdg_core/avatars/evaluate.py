@@ -62,6 +62,7 @@ from .metrics import (
     psnr,
 )
 from .world import (
+    CONTENT_STEPS,
     LATENT_MODELS,
     RELATIVE_INTERVAL,
     ROUTES,
@@ -341,22 +342,25 @@ def suite_rows(
 def latent_rows(pool: Executor, settings: Settings, progress: Progress) -> list[Row]:
     """`<eps|v|flow>/<route>/<text|content|style|structure>`: the latent model's three faces through every route.
 
-    And of the noisy encoder the rows of ``DETAILS``: `<eps|v|flow>/noisy linear/<name>`.
+    And of the noisy encoder the rows of ``DETAILS``: `<eps|v|flow>/noisy linear/<name>`. Content has ``CONTENT_STEPS``.
     """
     result: list[Row] = []
-    unguided: dict[str, dict[tuple[int, ...], Tensor]] = {}  # by model: they do not depend on the route
+    unguided: dict[tuple[str, int], dict[tuple[int, ...], Tensor]] = {}  # by model and steps: on all routes the same
     for model, route in itertools.product(LATENT_MODELS, ROUTES):
         suites = LATENT_SUITES | (DETAILS if route == "noisy linear" else {})
         chosen = [name for name in suites if fnmatch(f"{model}/{route}/{name}", settings.only)]
         if not chosen:
             continue
         here = replace(settings, world=replace(settings.world, model=model, route=route))
-        fewer = replace(here, references=LATENT_REFERENCES)
         cost = step_cost(worker_world(here.world))
         for name in chosen:
-            twins = unguided.setdefault(model, {}) if name in LATENT_SUITES else {}
+            steps = settings.steps or (CONTENT_STEPS if name.startswith("content") else STEPS["latents"])
+            suited = replace(here, steps=steps)
+            if name in LATENT_SUITES:
+                suited = replace(suited, references=LATENT_REFERENCES)
+            twins = unguided.setdefault((model, steps), {}) if name in LATENT_SUITES else {}
             step = functools.partial(progress, f"{model}/{route}/{name}")
-            rows = suite_rows(pool, suites[name], fewer if name in LATENT_SUITES else here, step, twins)
+            rows = suite_rows(pool, suites[name], suited, step, twins)
             for row in rows:
                 if name in DETAILS and row.name in LATENT_SUITES:
                     row = replace(row, name=f"{row.name}/{here.references} references")  # of fewer on all routes
@@ -435,9 +439,8 @@ DETAILS: dict[str, SuiteMaker] = {
     "attributes": one_attribute,
     "two attributes": two_attributes,
     "three attributes": three_attributes,
-    "references": lambda world, settings: (
-        content(world, settings) + structure(world, settings) + style(world, settings)
-    ),
+    "content, more references": content,
+    "references": lambda world, settings: structure(world, settings) + style(world, settings),
 }
 """What is measured of the noisy encoder besides, with more references."""
 LATENT_BARS: dict[str, float | None] = {

@@ -92,7 +92,9 @@ The start keeps off the first steps of flow models, which may leap from any sigm
 """
 
 STEPS = {"pixels": 50, "latents": 20}
-"""Sampling steps of the measurements."""
+CONTENT_STEPS = 30
+"""Sampling steps of the measurements, and of those of content on latents: a whole picture is wished for there, and the
+noise that each step adds anew lets a run leave what it leapt to first."""
 
 
 class Change(NamedTuple):

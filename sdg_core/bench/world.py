@@ -1,7 +1,7 @@
 """Which way to guide gets more of what was asked for per second: this package and its peers on the bundled world.
 
 All draw for the same one-attribute prompts from the same seeds with the same model and sampler; the peers guide by the
-bundled clean CLIP, through the bundled decoder. Scales were chosen on block 0 of the seeds, the figures are of block 1.
+bundled clean CLIP, through the bundled decoder. Scales were chosen on block 0 of the seeds, the figures are of block 2.
 
 - `<method>/accuracy`: share of pictures that show what was asked for, by the judge, in the usual number of steps;
 - `<method>/seconds`: of a picture, on this machine, by turns;
@@ -64,7 +64,7 @@ def _drawn(world: World, denoise: Callable[[Tensor, Tensor], Tensor], noise: Ten
 
 
 def world_rows(
-    samples: int, rounds: int, block: int = 1, only: Sequence[str] = (), progress: Callable[[str], object] = print
+    samples: int, rounds: int, block: int = 2, only: Sequence[str] = (), progress: Callable[[str], object] = print
 ) -> list[Row]:
     """The rows that the module names, over at least ``samples`` pictures each."""
     world = open_world(WorldName(model="v", route="noisy linear"))

@@ -306,10 +306,10 @@ class Pace:
 
     def of(self, term: Term) -> Term:
         """The term at this pace; one that looks less often by itself, or ends earlier, stays so."""
-        if term.every > 1:
-            slower = replace(term, every=max(term.every, self.every))
-        else:
-            slower = replace(term, every=self.every, lead=term.start + (term.end - term.start) * self.lead)
+        slower = term
+        if self.every > 1:
+            lead = term.lead if term.every > 1 else term.start + (term.end - term.start) * self.lead
+            slower = replace(term, every=max(term.every, self.every), lead=lead)
         return replace(slower, end=min(term.end, max(self.end, term.start + (term.end - term.start) * self.end)))
 
 
