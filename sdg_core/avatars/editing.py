@@ -3,8 +3,8 @@
 - edit: held-out renders that show hair, each to another hair colour: direction guidance, structure guidance to keep the
   rest, a denoise below 1. `edit/reached`: share with the new colour. `edit/kept`: share of the other attributes that
   are as the render's labels say.
-- composition: `two regions` (blue hair left, green hair right, by two masks: the judge reads each half with its mirror
-  image), `with and without` (red background, without glasses), `four at once` (three texts and a style).
+- composition: `two regions` (blue hair left, green hair right, by two masks, euler: the judge reads each half with its
+  mirror image), `with and without` (red background, without glasses), `four at once` (three texts and a style).
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ from .world import Change, Pull, World
 
 DENOISE, DIRECTION, KEEP = 0.8, 600.0, 100.0
 """Of the edit: denoise, and the scales of direction and structure guidance."""
-REGIONS, LONGER = 2200.0, (0.0, 0.95)
-"""Of two regions: the scale, since half a picture shows an encoder less, and the interval: the model evens them out in
-its last steps. More, or longer, tells the halves apart better and smears faces."""
+REGIONS, LONGER, HAIR = 3000.0, (0.0, 0.95), 0.65
+"""Of two regions: the scale, since half a picture shows an encoder less; the interval; and how far down hair may reach,
+as a part of the height: farther tells the halves apart better and smears faces. Each has the other's colour as its
+negative text, and the sampler adds no noise, under which the model would make both alike again."""
 WITHOUT = 275.0
 MANY = {"background": 412.0, "glasses": 825.0, "hat": 825.0, "style": 400.0}
 """Scales where several act at once."""
@@ -104,19 +105,26 @@ def composition_rows(pool: Executor, settings: Settings, progress: Progress) -> 
     here = _world_of(settings)
     world, result, twins = worker_world(here.world), [], dict[tuple[int, ...], Tensor]()
     for name, (make, found) in COMPOSITIONS.items():
-        jobs = spread_over([make(world)], here)
+        steady = replace(here, sampler="euler") if make is _two_regions else here
+        jobs = spread_over([make(world)], steady)
         step = functools.partial(progress, f"composition/{name}")
-        guided, plain = (x.clamp(-1, 1) for x in with_twins(pool, jobs, twins, here, step))
+        kept = twins if steady is here else {}
+        guided, plain = (x.clamp(-1, 1) for x in with_twins(pool, jobs, kept, steady, step))
         value, unguided = (float(found(world, images).float().mean()) for images in (guided, plain))
         result.append(Row(f"composition/{name}", len(guided), value, unguided, 0.7))
     return result
 
 
 def _two_regions(world: World) -> tuple[Pull, ...]:
-    left = torch.zeros(world.renders.shape[-2:])
-    left[:, : left.shape[1] // 2] = 1
+    hair = torch.zeros(world.renders.shape[-2:])
+    hair[: round(len(hair) * HAIR)] = 1
+    left, right = hair.clone(), hair.clone()
+    left[:, left.shape[1] // 2 :] = right[:, : right.shape[1] // 2] = 0
     blue, green = (prompt({"hair": colour}) for colour in ("blue", "green"))
-    return tuple(Pull("text", words, REGIONS, LONGER, region=side) for words, side in ((blue, left), (green, 1 - left)))
+    return (
+        Pull("text", blue, REGIONS, LONGER, region=left, negative=green),
+        Pull("text", green, REGIONS, LONGER, region=right, negative=blue),
+    )
 
 
 def _halves_found(world: World, images: Tensor) -> Tensor:

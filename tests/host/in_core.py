@@ -133,13 +133,12 @@ class Graph:
         return tuple(replace(term, region=region) for term in self._input(values, "guidance"))
 
     def _mask(self, number: str) -> Tensor:
-        """(1, 1, H, W) of the regions example: the left half, or what is right of it."""
+        """(1, 1, H, W) of the regions example: one mask pasted into another."""
         values = self.prompt[number]["inputs"]
-        if self.prompt[number]["class_type"] == "InvertMask":
-            return 1 - self._mask(values["mask"][0])
         whole, part = (self.prompt[values[name][0]]["inputs"] for name in ("destination", "source"))
         result = torch.full((1, 1, whole["height"], whole["width"]), whole["value"])
-        result[..., : part["height"], : part["width"]] += part["value"]
+        x, y = values["x"], values["y"]
+        result[..., y : y + part["height"], x : x + part["width"]] += part["value"]
         return result
 
     def _sample(self, values: dict) -> Tensor:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from sdg_core.avatars import CLEAN_INTERVAL, CLEAN_SCALE, NOISY_INTERVAL, NOISY_SCALE  # noqa: E402
-from sdg_core.avatars.editing import DENOISE, DIRECTION, KEEP, LONGER, REGIONS  # noqa: E402
+from sdg_core.avatars.editing import DENOISE, DIRECTION, HAIR, KEEP, LONGER, REGIONS  # noqa: E402
 from sdg_core.avatars.world import NEGATIVE, NOISY_CURVE, NOISY_SEVERAL, OTHERS  # noqa: E402
 from sdg_core.method import DEFAULT_INTERVAL, DEFAULT_SCALE, StructureGuidance, StyleGuidance  # noqa: E402
 
@@ -71,7 +71,6 @@ SOCKETS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     "SDGLoadClassifier": ([], [("CLASSIFIER", "SDG_CLASSIFIER")]),
     "SDGClassifierGuidance": ([("classifier", "SDG_CLASSIFIER")], [("GUIDANCE", "SDG_GUIDANCE")]),
     "SolidMask": ([], [("MASK", "MASK")]),
-    "InvertMask": ([("mask", "MASK")], [("MASK", "MASK")]),
     "MaskComposite": ([("destination", "MASK"), ("source", "MASK")], [("MASK", "MASK")]),
     "ImageBatch": ([("image1", "IMAGE"), ("image2", "IMAGE")], [("IMAGE", "IMAGE")]),
     "RepeatLatentBatch": ([("samples", "LATENT")], [("LATENT", "LATENT")]),
@@ -132,7 +131,8 @@ SIDE = 128
 """Pixels of the bundled latent models' pictures."""
 MODEL, CLIP = "avatars latent v (bundled)", "avatars latent (bundled)"
 SAMPLING = ["fixed", 30, 1.0, "euler_ancestral", "normal", 1.0, "absolute", 1.0, "auto"]
-"""Widgets of Guided KSampler after the seed."""
+STEADY = [*SAMPLING[:3], "euler", *SAMPLING[4:]]
+"""Widgets of Guided KSampler after the seed; of one that adds no noise."""
 
 
 def settings(kind: str, *layers: str) -> list:
@@ -245,12 +245,14 @@ def models(graph: Graph, note: str) -> Models:
     )
 
 
-def sampler(graph: Graph, models: Models, at: tuple[int, int], guidance: int, batch: int, seed: int) -> int:
+def sampler(
+    graph: Graph, models: Models, at: tuple[int, int], guidance: int, batch: int, seed: int, widgets: list = SAMPLING
+) -> int:
     """Empty latent, Guided KSampler and VAE Decode; gives the decoded picture."""
     x, y = at
     empty = [SIDE, SIDE, batch]
     latent = graph.add("SDGEmptyPixelLatent", "Empty Pixel Latent (SDG)", (x, y + 420), empty, vae=models.vae)
-    return sampled(graph, models, at, guidance, latent, [seed, *SAMPLING])
+    return sampled(graph, models, at, guidance, latent, [seed, *widgets])
 
 
 def sampled(
@@ -280,10 +282,11 @@ def text(
     prompt: str,
     scale: float | None = None,
     interval: tuple[float, float] = NOISY_INTERVAL["text"],
+    negative: str = NEGATIVE,
 ) -> int:
     """By default at the scale that one wish has, or each of several, one a line."""
     usual = SEVERAL if "\n" in prompt else NOISY_SCALE["text"]
-    widgets = [prompt, usual if scale is None else scale, *interval, NEGATIVE]
+    widgets = [prompt, usual if scale is None else scale, *interval, negative]
     return graph.add("SDGTextGuidance", "Text Guidance (SDG)", at, widgets, noisy_clip=models.clip)
 
 
@@ -296,9 +299,11 @@ def reference(graph: Graph, models: Models, y: int, prompt: str, seed: int, titl
     return image
 
 
-def result(graph: Graph, models: Models, y: int, guidance: int, seed: int, name: str, title: str) -> None:
+def result(
+    graph: Graph, models: Models, y: int, guidance: int, seed: int, name: str, title: str, widgets: list = SAMPLING
+) -> None:
     graph.group(title, 380, y - 80, 1740, 840)
-    image = sampler(graph, models, (800, y), guidance, 4, seed)
+    image = sampler(graph, models, (800, y), guidance, 4, seed, widgets)
     shown(graph, image, (1500, y), name)
 
 
@@ -429,25 +434,30 @@ def classifier_example() -> None:
 def regions_example() -> None:
     graph = Graph()
     m = models(graph, "Two texts, each with its own part of the picture: Guidance Mask bounds what a text reads and "
-                      "changes.\n\nChange first: the two texts; then the masks. Here they are the two halves; draw "
-                      "others with ComfyUI's mask editor.")  # fmt: skip
+                      "changes. Each has the other's colour as its negative text; the sampler adds no noise, under "
+                      "which the model makes both sides alike again.\n\nChange first: the two texts; then the masks. "
+                      "Here they are the two sides of where hair is; draw others with ComfyUI's mask "
+                      "editor.")  # fmt: skip
     graph.group("1. Masks", -820, 720, 760, 560)
     black = graph.add("SolidMask", "Nothing", (-800, 800), [0.0, SIDE, SIDE])
-    half = graph.add("SolidMask", "Half", (-800, 960), [1.0, SIDE // 2, SIDE])
-    left = graph.add("MaskComposite", "Left", (-460, 800), [0, 0, "add"], destination=black, source=half)
-    right = graph.add("InvertMask", "Right", (-460, 1000), [], mask=left)
+    part = graph.add("SolidMask", "Part", (-800, 960), [1.0, SIDE // 2, round(SIDE * HAIR)])
+    sides = [
+        graph.add("MaskComposite", name, (-460, y), [x, 0, "add"], destination=black, source=part)
+        for name, x, y in (("Left", 0, 800), ("Right", SIDE // 2, 1000))
+    ]
     masked = []
     graph.group("2. Texts", -20, 720, 380, 1000)
-    for y, colour, mask in ((800, "blue", left), (1260, "green", right)):
-        words = text(graph, m, (0, y), f"a person with {colour} hair", REGIONS, LONGER)
+    colours = [f"a person with {colour} hair" for colour in ("blue", "green")]
+    for y, words, other, mask in zip((800, 1260), colours, colours[::-1], sides, strict=True):
+        guidance = text(graph, m, (0, y), words, REGIONS, LONGER, other)
         masked.append(
-            graph.add("SDGGuidanceMask", "Guidance Mask (SDG)", (0, y + 280), [0.0], guidance=words, mask=mask)
+            graph.add("SDGGuidanceMask", "Guidance Mask (SDG)", (0, y + 280), [0.0], guidance=guidance, mask=mask)
         )
     both = graph.add(
         "SDGCombineGuidance", "Combine Guidance (SDG)", (400, 800), [1.0, 1.0, 1.0, 1.0],
         guidance_1=masked[0], guidance_2=masked[1],
     )  # fmt: skip
-    result(graph, m, 800, both, 0, "regions", "3. Blue hair left, green hair right")
+    result(graph, m, 800, both, 0, "regions", "3. Blue hair left, green hair right", STEADY)
     graph.save("regions")
 
 
