@@ -143,7 +143,7 @@ class SDGTextGuidance(io.ComfyNode):
                 io.String.Input(
                     "text",
                     multiline=True,
-                    default="a person with red hair and glasses, blue background",
+                    default="a person with red hair\na person with glasses",
                     tooltip="What the picture should show, in words that the encoder knows. One wish a line is "
                     "followed better than many in one sentence.",
                 ),

@@ -49,6 +49,8 @@ def main() -> int:
             tests, host = running[future]
             code, said = future.result()
             print(f"{' '.join(tests)}{f', {version(host)}' if host else ''}:\n{said}", flush=True)
+            if code < 0:
+                print(f"pytest was ended by signal {-code}, from outside or for want of memory.", flush=True)
             codes.append(code)
     if found:
         print("Host tests ran in " + " and ".join(version(host) for host in found) + ".")

@@ -65,7 +65,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     check.add_argument("--cap", type=float, default=RELATIVE_CAP, help="of the suite relative")
     check.add_argument("--samples", type=int, default=256, help="samples a row")
-    check.add_argument("--steps", type=int, default=0, help="0: 50, and 20 for the latent models")
+    check.add_argument("--steps", type=int, default=0, help="0: 50, 20 for the latent models, 30 of their content")
     check.add_argument("--sampler", choices=SAMPLERS, default="euler_ancestral")
     check.add_argument("--processes", type=int, default=0, help="0: one per core")
     check.add_argument("--block", type=int, default=2, help="of seeds and references; scales were chosen on 0 and 1")
@@ -89,9 +89,9 @@ def _add_noisy_clip(evaluate: argparse.ArgumentParser) -> None:
     proof.add_argument("--comfyui", type=Path, help="where the factors of linear views are read")
     proof.add_argument("--samples", type=int, default=1000, help="at most so many pictures")
     proof.add_argument("--seed", type=int, default=0)
-    proof.add_argument("--chart", type=Path, help="default: FILE with .png")
+    proof.add_argument("--chart", type=Path, help="default: FILE with .png; none with --no-write")
     proof.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    proof.add_argument("--no-write", action="store_true", help="leave the file's metadata as it is")
+    proof.add_argument("--no-write", action="store_true", help="leave the file's metadata and its folder as they are")
     proof.set_defaults(run=run_evaluate_noisy_clip)
 
 
@@ -141,7 +141,8 @@ def run_evaluate_noisy_clip(args: argparse.Namespace) -> None:
     images = ImageSet(chosen, max(sight.picture_size, clean.noise_size), PLAIN)
     device = accelerator().device
     curve = measured(model.to(device), clean.to(device), sight, images, args.seed)
-    draw_chart(curve, args.file.stem).save(args.chart or args.file.with_suffix(".png"))
+    if chart := args.chart or (None if args.no_write else args.file.with_suffix(".png")):
+        draw_chart(curve, args.file.stem).save(chart)
     if not args.no_write and args.file.suffix == ".safetensors":
         write_retrieval(args.file, as_rows(curve))
     rows = [asdict(row) for row in curve]

@@ -84,7 +84,9 @@ def test_the_command_writes_chart_numbers_and_metadata(images, tmp_path, capsys)
     assert all(torch.equal(before[k], v) for k, v in kept.state_dict().items())
     assert Image.open(copy.with_suffix(".png")).width >= 600
     written = copy.stat().st_mtime_ns
+    copy.with_suffix(".png").unlink()
     assert main([*command, "--no-write"]) == 0
+    assert not copy.with_suffix(".png").exists()
     assert copy.stat().st_mtime_ns == written
 
 
