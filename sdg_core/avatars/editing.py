@@ -70,7 +70,8 @@ def _edits(world: World, settings: Settings) -> tuple[list[Job], Tensor, Tensor]
     """A job for each picture, what the pictures show (N, A), and the hair colour that each should get (N,)."""
     names, (encode, _) = list(world.judge.attributes), bundled_latent_encoder()
     column, colours = names.index("hair"), world.judge.attributes["hair"]
-    usable = torch.nonzero(world.labels[:, column] >= 0).flatten()[settings.block * REFERENCES :][: settings.samples]
+    usable = torch.nonzero(world.labels[:, column] >= 0).flatten()[settings.block * REFERENCES :]
+    usable = usable[torch.arange(settings.samples) % len(usable)]  # again from the first, to another colour
     labels = world.labels[usable]
     wanted = (labels[:, column] + 1 + torch.arange(len(usable)) % (len(colours) - 1)) % len(colours)
     jobs = []

@@ -314,7 +314,7 @@ def text_example() -> None:
                       "Change first: the text, to other hair and background colours, a beard, a hat, or a style such "
                       "as pixel art, sketch or toon. Then the scale: 0 gives what the model draws alone.")  # fmt: skip
     guidance = text(graph, m, (400, 0), "a person with glasses\na person with blue background")
-    result(graph, m, 0, guidance, 0, "text", "Sample under a text")
+    result(graph, m, 0, guidance, 7, "text", "Sample under a text")
     graph.save("text")
 
 
@@ -353,7 +353,7 @@ def style_and_structure_example() -> None:
                       "put Load Image in their place to use your own.\n\nChange first: weight_1 for the layout, "
                       "weight_2 for the style, each between 0.1 and 1.")  # fmt: skip
     layout = reference(graph, m, 0, "flat cartoon with long hair and orange background", 3, "1. A reference for layout")
-    look = reference(graph, m, 800, "pixel art with green background", 5, "2. A reference for style")
+    look = reference(graph, m, 800, "blob with yellow background", 5, "2. A reference for style")
     structure = graph.add(
         "SDGStructureGuidance", "Structure Guidance (SDG)", (400, 1600),
         [*settings("structure", STRUCTURE_LAYERS)], noisy_clip=m.clip, image=layout,
@@ -457,7 +457,7 @@ def regions_example() -> None:
         "SDGCombineGuidance", "Combine Guidance (SDG)", (400, 800), [1.0, 1.0, 1.0, 1.0],
         guidance_1=masked[0], guidance_2=masked[1],
     )  # fmt: skip
-    result(graph, m, 800, both, 0, "regions", "3. Blue hair left, green hair right", STEADY)
+    result(graph, m, 800, both, 4, "regions", "3. Blue hair left, green hair right", STEADY)
     graph.save("regions")
 
 
