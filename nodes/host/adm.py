@@ -5,6 +5,7 @@ Of pixels, or of the latents of a small autoencoder.
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from torch import Tensor
 from ...sdg_core.method import LatentFormat, TimestepTable
 from ...sdg_core.models import ADMConfig, ADMUNet, read_adm
 from .memory import Patcher, explained
+
+log = logging.getLogger(__name__)
 
 VARIANCE_SINK = "sdg_variance_sink"
 """Name in transformer_options of a function that takes the learned-sigma half of each model output, (B, 3, H, W)."""
@@ -98,9 +101,11 @@ class ADMNet(ADMUNet):
     def __init__(self, config: ADMConfig, dtype: torch.dtype, **kw) -> None:
         super().__init__(config, dtype=dtype, **kw)
         self.dtype = dtype
+        self.sizes_warned: set[tuple[int, ...]] = set()
 
     def forward(self, x: Tensor, timesteps: Tensor, transformer_options: dict | None = None, **unused) -> Tensor:
         self.check_shape(x.shape)
+        self.warn_of_size(*x.shape[-2:])
         with explained(f"a step of this ADM, a batch of shape {tuple(x.shape)},"):
             out = super().forward(x, timesteps)
         sink = (transformer_options or {}).get(VARIANCE_SINK)
@@ -130,6 +135,19 @@ class ADMNet(ADMUNet):
                 f"Got a picture of {width} x {height} pixels; this ADM wants multiples of {multiple}. "
                 f"Set Empty Pixel Latent to {width_wanted} x {height_wanted}."
             )
+
+    def warn_of_size(self, height: int, width: int) -> None:
+        """Says in the log, once for each size, that a picture is more than twice as large as the model learned."""
+        known = self.config.image_size
+        if max(height, width) <= 2 * known or (height, width) in self.sizes_warned:
+            return
+        self.sizes_warned.add((height, width))
+        scale = 1 if self.config.latent_format is None else self.config.latent_format.downscale
+        log.warning(
+            "This ADM learned pictures of %d x %d; at %d x %d it draws little but noise. Set Empty Pixel Latent to "
+            "%d x %d.",
+            *(side * scale for side in (known, known, width, height, known, known)),
+        )
 
 
 class ADM(comfy.model_base.BaseModel):

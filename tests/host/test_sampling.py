@@ -302,3 +302,15 @@ def custom(comfy, model, sampler, sigmas, cfg=1.0):
         return comfy.sample.sample_custom(
             model, noise, cfg, sampler, sigmas.clone(), BLANK, BLANK, latent, disable_pbar=True, seed=7
         )
+
+
+def test_a_picture_much_larger_than_the_model_learned_is_warned_of_once(run, latent_adm, caplog):
+    net = latent_adm("eps").model.diffusion_model
+    size = net.config.image_size
+    for side in (size, 2 * size, 3 * size, 3 * size, 4 * size):
+        net(torch.zeros(1, net.config.channels, side, side), torch.zeros(1))
+    said = [record.getMessage() for record in caplog.records if "learned pictures" in record.message]
+    downscale = net.config.latent_format.downscale
+    assert len(said) == 2
+    assert f"at {3 * size * downscale} x {3 * size * downscale} it draws" in said[0]
+    assert f"Set Empty Pixel Latent to {size * downscale} x {size * downscale}." in said[0]

@@ -60,6 +60,8 @@ def said(run, pack, refused, draw, noisy_clip, linear_noisy_clip, clean_clip, mo
     with monkeypatch.context() as patched:
         patched.setattr(pack.gradient, "score_gradient", short_of_memory)
         run("SDGGuidedKSampler", guidance=text(linear_noisy_clip), **draw)
+    draw["model"].model.diffusion_model.sizes_warned.clear()
+    run("SDGGuidedKSampler", **draw | {"latent_image": {"samples": torch.zeros(1, 4, 40, 40)}})
     with pytest.raises(ValueError) as error, pack.memory.explained("pictures of this size"):
         torch.empty(2**60, dtype=torch.uint8)
     with monkeypatch.context() as patched:
@@ -74,6 +76,6 @@ def said(run, pack, refused, draw, noisy_clip, linear_noisy_clip, clean_clip, mo
 @pytest.mark.parametrize("readme", ["README.md", "README.zh.md"])
 def test_every_quoted_trouble_reads_as_quoted(readme, said):
     patterns = quoted(readme)
-    assert len(patterns) == 4
+    assert len(patterns) == 5
     for pattern in patterns:
         assert re.search(pattern, said), f"{pattern} of {readme} is not in:\n{said}"
