@@ -306,6 +306,7 @@ def custom(comfy, model, sampler, sigmas, cfg=1.0):
 
 def test_a_picture_much_larger_than_the_model_learned_is_warned_of_once(run, latent_adm, caplog):
     net = latent_adm("eps").model.diffusion_model
+    net.sizes_warned.clear()
     size = net.config.image_size
     for side in (size, 2 * size, 3 * size, 3 * size, 4 * size):
         net(torch.zeros(1, net.config.channels, side, side), torch.zeros(1))
