@@ -1,7 +1,8 @@
 """Runs example workflows of the bundled models in a real ComfyUI and saves their pictures as the .jpg beside them.
 
 `python tests/host/render_examples.py [COMFYUI_FOLDER [NAME ...]]`; all of them where no name is given. The help pages
-show the same pictures, smaller: `python tests/host/render_examples.py --help-pictures` makes those anew.
+show the same pictures, smaller: `python tests/host/render_examples.py --help-pictures` makes those anew. Examples of
+models that have to be downloaded show what their guidance does to the bundled one: `... --counterparts`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,22 @@ import io
 import json
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import torch
 from PIL import Image
 from server import ROOT, install, needs_download, serve, to_prompt
+
+sys.path.insert(0, str(ROOT))
+
+from sdg_core.avatars import Pull, World, WorldName, open_world, sample, seeded_noise
+from sdg_core.avatars.demo import find_render
+from sdg_core.pictures import draw_table
+
+SEEDS = (2, 3)
+"""Of the counterparts' pictures."""
 
 
 def grid(pictures: list[Image.Image], gap: int = 8) -> Image.Image:
@@ -39,6 +52,65 @@ def help_pictures() -> None:
             picture.save(ROOT / "web/docs" / path.name, quality=85)
 
 
+def counterparts() -> None:
+    """The .jpg of every example whose models have to be downloaded."""
+    world = open_world(WorldName(model="v", route="noisy linear"))
+    for name, (rows, draw) in COUNTERPARTS.items():
+        pictures = torch.nn.functional.interpolate(draw(world), scale_factor=2, mode="bicubic").clamp(-1, 1)
+        card = draw_table(pictures.unflatten(0, (2, 2)), rows, ["with bundled avatars", ""])
+        card.save(ROOT / f"example_workflows/{name}.jpg", quality=85)
+
+
+Wanted = Callable[[World, torch.Tensor], tuple[Pull, ...]]
+"""What a picture follows, given a reference (3, H, W)."""
+
+
+def beside_reference(wanted: Wanted, world: World, **look: object) -> torch.Tensor:
+    """A reference, an unguided picture, that one guided, and another (4, 3, H, W)."""
+    reference = find_render(world, **look)
+    return torch.cat(
+        [reference[None], drawn(world, ()), *(drawn(world, wanted(world, reference), seed) for seed in SEEDS)]
+    )
+
+
+def frames(world: World) -> torch.Tensor:
+    """The same two pictures under one text, and under another (4, 3, H, W)."""
+    texts = [(world.text(f"a person with {colour} background"),) for colour in ("blue", "yellow")]
+    return torch.cat([drawn(world, text, seed) for text in texts for seed in SEEDS])
+
+
+def drawn(world: World, pulls: tuple[Pull, ...], seed: int = SEEDS[0]) -> torch.Tensor:
+    """One picture (1, 3, H, W)."""
+    channels, size, _ = world.denoiser.shape
+    return sample(world, pulls, seeded_noise([seed], size, channels), steps=30, seed=seed).clamp(-1, 1)
+
+
+def text_and_style(world: World, reference: torch.Tensor) -> tuple[Pull, ...]:
+    return world.text("a person with glasses", among=2), Pull("style", reference, 2000.0)
+
+
+COUNTERPARTS: dict[str, tuple[list[str], Callable[[World], torch.Tensor]]] = {
+    "sd15_text_and_style": (
+        ["style, and a picture without guidance", 'by that style and "glasses"'],
+        partial(beside_reference, text_and_style, style="ink", background="pink"),
+    ),
+    "sdxl_style": (
+        ["reference, and a picture without guidance", "by the reference's style"],
+        partial(beside_reference, lambda world, picture: (Pull("style", picture),), style="ink", background="yellow"),
+    ),
+    "sd3_content": (
+        ["reference, and a picture without guidance", "by what the reference shows"],
+        partial(beside_reference, lambda world, picture: (Pull("content", picture),), style="toon"),
+    ),
+    "flux_structure": (
+        ["reference, and a picture without guidance", "by the reference's structure"],
+        partial(beside_reference, lambda world, picture: (Pull("structure", picture),), style="flat", hat=True),
+    ),
+    "wan_frames": (['some frames: "blue background"', 'others: "yellow background"'], frames),
+}
+"""Of each example the names of two rows, and what draws their four pictures."""
+
+
 def main(host: Path, names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         install(Path(folder))
@@ -61,5 +133,7 @@ def main(host: Path, names: list[str]) -> None:
 if __name__ == "__main__":
     if "--help-pictures" in sys.argv:
         help_pictures()
+    elif "--counterparts" in sys.argv:
+        counterparts()
     else:
         main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path.home() / "comfy/ComfyUI", sys.argv[2:])
