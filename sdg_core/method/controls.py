@@ -151,12 +151,16 @@ class Goal:
     where the cap lets it:
 
         d = +- lift * G / |G|^2,   G = dF / d denoised (for encoders of noise: alpha dF / dx_t)
-        lift = gap / (1 - sigma_i / sigma_{i-1}) * (best - F_t) / (best - F_0)
+        lift = (gap + missed) / (1 - sigma_i / sigma_{i-1}) * (best - F_t) / (best - F_0)
+        missed = (gap_{i-1} + missed_{i-1}) / 2
 
     with F_0 the score of the estimate and F_t the one whose gradient it is, of x_t for encoders of noise: the same part
-    of the way to the best. And of a shift of denoised only the part 1 - sigma_{i+1} / sigma_i is in x after the step
-    (Euler's; the next noise level is not known yet, so the last ratio stands for it). What was never short of the goal
-    is left alone; what was pulled beyond it is taken back.
+    of the way to the best. Of a shift of denoised only the part 1 - sigma_{i+1} / sigma_i is in x after the step
+    (Euler's; the next noise level is not known yet, so the last ratio stands for it), and the model may take some of it
+    back: what was missed before is asked for again, at most as much again (the integral part of a PI controller, with
+    a leak), until the score is on the other side. From alpha_i^2 v > sigma_i^2 on, v the data's variance, the estimate
+    is good enough to be read, and encoders of noise do so: under little noise the score of x_t may be at its best while
+    that of the picture isn't. What was never short of the goal is left alone; what was pulled beyond it is taken back.
     """
 
     similarity: float

@@ -11,7 +11,7 @@ from torch import Tensor
 from .controls import SOFT, Crop
 from .device import Span, beside, brought
 from .features import Encoder, reads_noise
-from .gradient import Sight
+from .gradient import Sight, Target
 from .precision import added
 from .references import Batch
 from .report import cosines_of, sizes_of
@@ -161,7 +161,7 @@ def _pull_apart(pull: Pull, apart: list[int], batch: Batch, weights: Tensor, run
     for k in apart:
         begun = run.now(batch.x_t.device)
         kept = _own_gradient(k, weights[k] != 0, batch, run)
-        pull.scores[k] = kept.score
+        pull.scores[k] = kept.present
         part = pull.own[k] = _counted(k, kept, weights[k], batch, run)
         pull.spans[k].append(Span(begun, run.now(batch.x_t.device)))
         if run.terms[k].aims:
@@ -194,7 +194,7 @@ def _blended(parts: dict[int, Tensor], weights: Tensor, run: GuidanceRun) -> dic
 
 def _counted(k: int, kept: Kept, weight: Tensor, batch: Batch, run: GuidanceRun) -> Tensor:
     """What a term's own gradient adds (B, C, H, W): times what it counts, inside its mask."""
-    own = _of_x_t(run.terms[k].encoder, kept.grad, batch, run)
+    own = _of_x_t(run.terms[k].encoder, kept.grad, batch, run, kept.finished)
     mask = batch.mask(run.terms[k], (own.shape[-2], own.shape[-1]))
     part = own if mask is None else mask * own
     slope = (own * part).flatten(1).sum(dim=1)
@@ -217,7 +217,9 @@ def _amount(k: int, weight: Tensor, kept: Kept, slope: Tensor, batch: Batch, run
     if not term.goal.adapted:
         return weight * (gap / SOFT).clamp(0, 1)
     alpha, square = run.convention.alpha(batch.sigma), batch.sigma.square()
-    moved = alpha if reads_noise(term.encoder) else (alpha.square() * run.variance + square) / (alpha * run.variance)
+    moved = (alpha.square() * run.variance + square) / (alpha * run.variance)
+    if reads_noise(term.encoder):
+        moved = torch.where(brought(kept.finished, moved), moved, alpha)
     alpha, moved, square = (brought(v, slope) for v in (alpha, moved, square))
     rise = moved * square * slope
     memory = run.memory(k)
@@ -235,55 +237,79 @@ def _without(weights: Tensor, apart: list[int]) -> Tensor:
 def _own_gradient(k: int, wanted: Tensor, batch: Batch, run: GuidanceRun) -> Kept:
     """The gradient of one term by itself, of what its encoder reads, without its weight, where ``wanted`` (B,).
 
-    The gradient last taken serves again where no new one is due.
+    The gradient last taken serves again where no new one is due. Towards a goal an encoder of noise reads the model's
+    estimate where that is good enough, see ``Goal``.
     """
     memory, level = run.memory(k), float(batch.sigma.max())
     kept = memory.find(level, wanted, batch.x_t.shape, run.every(k, level))
     if kept is None:
         run.gradients += 1
-        crops = run.crops(k, batch)
+        term, crops = run.terms[k], run.crops(k, batch)
         grad, weights = torch.zeros_like(batch.x_t), run.only(k, wanted)
         score = grad.new_zeros(len(grad))
+        finished = torch.zeros_like(wanted)
         for encoder, members, rows in run.active(weights, batch):
             seen, ones, there = batch.take(rows), weights[members][:, rows], beside(rows, grad)
+            if term.aims and reads_noise(encoder) and run.is_readable(seen):
+                part, scores = _finished_gradient(k, seen, ones, run)
+                grad[there], score[there] = part.to(grad), scores[0].to(score)
+                finished[beside(rows, finished)] = True
+                continue
             for crop in crops:
                 part, scores = _encoder_gradient(encoder, members, seen, ones, run, crop)
                 grad[there] += part.to(grad) / len(crops)
                 score[there] += scores[0].to(score) / len(crops)
-        present = _present_score(k, batch, run) if run.terms[k].aims else score
-        kept = memory.keep(level, Kept(grad, score, wanted, present.to(score)))
+        present, early = score, wanted & ~finished
+        if term.aims and bool(early.any()):
+            present = torch.where(brought(early, score), _present_score(k, batch, run).to(score), score)
+        kept = memory.keep(level, Kept(grad, score, wanted, present, finished))
     return kept
+
+
+def _finished(k: int, batch: Batch, run: GuidanceRun) -> tuple[Sight, Target]:
+    """How term k sees the model's estimate as a finished picture: an encoder of noise reads it at its least noise."""
+    term, encoder = run.terms[k], run.terms[k].encoder
+    view = run.view_of(encoder)
+    ratio = encoder.table.ratio[:1].to(batch.sigma) if reads_noise(encoder) else None
+    window = run.references.window(term, view, batch, ratio)
+    (target,) = run.references.targets([k], run.terms, view, batch, ratio)
+    return Sight(view, torch.ones_like(batch.sigma), torch.zeros_like(batch.sigma[:1]), window), target
+
+
+def _finished_gradient(k: int, batch: Batch, weights: Tensor, run: GuidanceRun) -> tuple[Tensor, Tensor]:
+    """The gradient of term k's score of the model's estimate, of that estimate, and the score (1, B)."""
+    term = run.terms[k]
+    sight, target = _finished(k, batch, run)
+    return run.chunks.gradient(term.encoder, [term], weights, [target], batch.denoised, sight)
 
 
 @torch.no_grad()
 def _present_score(k: int, batch: Batch, run: GuidanceRun) -> Tensor:
-    """The score (B,) of the model's estimate as a finished picture: an encoder of noise reads it at its least noise.
+    """The score (B,) of the model's estimate as a finished picture.
 
     Under much noise every picture is like every other, so a goal can't go by the score of x_t.
     """
-    term, encoder = run.terms[k], run.terms[k].encoder
-    view, ones = run.view_of(encoder), torch.ones_like(batch.sigma)
-    ratio = encoder.table.ratio[:1].to(batch.sigma) if reads_noise(encoder) else None
-    t = torch.zeros_like(batch.sigma[:1])
-    sight = Sight(view, ones, t, run.references.window(term, view, batch, ratio))
-    picture = view.picture(batch.denoised, ones)
-    features = sight.features(encoder, picture, term.guidance.depth(encoder))
-    (target,) = run.references.targets([k], run.terms, view, batch, ratio)
-    return target.score(term.guidance, features)
+    term = run.terms[k]
+    sight, target = _finished(k, batch, run)
+    picture = sight.view.picture(batch.denoised, torch.ones_like(batch.sigma))
+    return target.score(term.guidance, sight.features(term.encoder, picture, term.guidance.depth(term.encoder)))
 
 
-def _of_x_t(encoder: Encoder, grad: Tensor, batch: Batch, run: GuidanceRun) -> Tensor:
-    """The gradient of x_t from that of what an encoder reads: x_t in its own scaling (SNR matching), or denoised.
+def _of_x_t(encoder: Encoder, grad: Tensor, batch: Batch, run: GuidanceRun, finished: Tensor | None = None) -> Tensor:
+    """The gradient of x_t from that of what an encoder reads: x_t in its own scaling (SNR matching), or denoised, where
+    encoders of noise do so only in the samples ``finished`` (B,).
 
     The gradient of a score of denoised, G, counts as alpha v / (alpha^2 v + sigma^2) G, so that Tweedie's sigma^2 /
     alpha turns it into the posterior variance, which is exact for Gaussian data of variance v per element.
     """
     x, sigma = batch.x_t, batch.sigma
-    if reads_noise(encoder):
-        view = run.view_of(encoder)
-        return grad / expand(encoder_noise(encoder, view.size(*x.shape[-2:]), sigma, run.convention)[1], x)
     alpha = run.convention.alpha(sigma)
     factor = alpha * run.variance / (alpha.square() * run.variance + sigma.square())
+    if reads_noise(encoder):
+        norm = encoder_noise(encoder, run.view_of(encoder).size(*x.shape[-2:]), sigma, run.convention)[1]
+        if finished is None:
+            return grad / expand(norm, x)
+        factor = torch.where(brought(finished, factor), factor, 1 / norm)
     return grad * expand(factor, x)
 
 

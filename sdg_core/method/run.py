@@ -76,12 +76,14 @@ class StepTrace:
 @dataclass(frozen=True)
 class Kept:
     """A gradient to reuse: of one term's score, as the encoder's pass gave it (B, C, H, W), its scores (B,), of which
-    samples they are known (B,), and the scores that the term's goal goes by (B,)."""
+    samples they are known (B,), the scores that the term's goal goes by (B,), and where an encoder of noise read the
+    model's estimate instead of x_t (B,)."""
 
     grad: Tensor
     score: Tensor
     known: Tensor
     present: Tensor
+    finished: Tensor
 
 
 @dataclass
@@ -89,12 +91,14 @@ class Memory:
     """Gradients of one term by noise level, for every k-th level to serve those after it.
 
     Model calls are taken in the order of their noise, not of time: samplers of higher order look ahead and come back.
-    ``levels`` are the noise levels seen. ``short`` (B,): which samples were short of the term's goal.
+    ``levels`` are the noise levels seen. ``short`` (B,): which samples were short of the term's goal; ``missed`` (B,):
+    what its former steps left of it.
     """
 
     kept: dict[float, Kept] = field(default_factory=dict)
     levels: set[float] = field(default_factory=set)
     short: Tensor | None = None
+    missed: Tensor | None = None
 
     def find(self, level: float, wanted: Tensor, shape: torch.Size, every: int) -> Kept | None:
         """The gradient to reuse at a noise level for the samples ``wanted`` (B,), None where a new one is due."""
@@ -110,11 +114,15 @@ class Memory:
         return kept if fits and steps < every else None
 
     def pulled(self, gap: Tensor, acts: Tensor) -> Tensor:
-        """A goal's gap (B,) in samples that were short of it once where it acts (B,); 0 in those that never were."""
-        known = self.short is not None and self.short.shape == gap.shape
-        short = (gap > 0) & brought(acts, gap)
-        self.short = short | self.short if known and self.short is not None else short
-        return torch.where(self.short, gap, torch.zeros_like(gap))
+        """A goal's gap and what was missed of it before (B,), in samples that were short of it once where it acts (B,);
+        0 in those that never were. What was missed on one side doesn't count on the other."""
+        short, missed = (gap > 0) & brought(acts, gap), torch.zeros_like(gap)
+        if self.short is not None and self.missed is not None and self.short.shape == gap.shape:
+            short, missed = short | self.short, self.missed
+        gap = torch.where(short, gap, torch.zeros_like(gap))
+        missed = torch.where(missed * gap > 0, missed, torch.zeros_like(gap))
+        self.short, self.missed = short, (gap + missed) / 2
+        return gap + missed
 
     def realised(self, level: float) -> float:
         """What part of a shift of denoised is in x after a step, by the last noise level above; a half at first."""
@@ -226,6 +234,11 @@ class GuidanceRun:
         generator = self.generators.setdefault(k, torch.Generator().manual_seed(REFERENCE_SEED))
         size = batch.x_t.shape[-2:]
         return augment.crops(self.view_of(self.terms[k].encoder).size(size[0], size[1]), generator)
+
+    def is_readable(self, batch: Batch) -> bool:
+        """Whether the model's estimates are good enough for an encoder of noise: alpha^2 v > sigma^2, see ``Goal``."""
+        signal = self.convention.alpha(batch.sigma).square() * self.variance
+        return bool((signal > batch.sigma.square()).all())
 
     def now(self, device: torch.device) -> Moment:
         """The moment at which a device gets here."""
