@@ -92,7 +92,7 @@ The start keeps off the first steps of flow models, which may leap from any sigm
 """
 
 STEPS = {"pixels": 50, "latents": 20}
-CONTENT_STEPS = 30
+CONTENT_STEPS = 50
 """Sampling steps of the measurements, and of those of content on latents: a whole picture is wished for there, and the
 noise that each step adds anew lets a run leave what it leapt to first."""
 

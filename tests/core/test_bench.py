@@ -142,9 +142,10 @@ def test_first_runs_pay_for_references_and_others_do_not(small):
 
 def test_world_rows_compare_at_equal_time(monkeypatch):
     monkeypatch.setitem(world.STEPS, "latents", 4)
-    found = {row.name: row.value for row in world.world_rows(1, 1, only=("mpgd",), progress=lambda what: None)}
+    rows = world.world_rows(1, 1, only=("mpgd", "clean_decoded"), progress=lambda what: None)
+    found = {row.name: row.value for row in rows}
     ways = {name.split("/")[0] for name in found}
-    assert ways == {"noisy_clip", "mpgd"}
+    assert ways == {"noisy_clip", "clean_decoded", "mpgd"}
     for way in ways:
         equal = found[f"{way}/steps_equal_time"]
         assert equal == max(1, round(4 * found["noisy_clip/seconds"] / found[f"{way}/seconds"]))
