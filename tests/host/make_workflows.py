@@ -510,7 +510,8 @@ def references_example() -> None:
     target = graph.add("SDGGuidanceTarget", "Guidance Target (SDG)", (400, 1780), [0.6], guidance=several)
     budget = graph.add("SDGGuidanceBudget", "Guidance Budget (SDG)", (400, 1930), [50.0], guidance=target)
     graph.group("3. Both at once", -20, 1520, 380, 440)
-    result(graph, m, 1600, budget, 0, "references", "4. Each follows the one it fits best")
+    longer = [*SAMPLING[:1], 50, *SAMPLING[2:]]
+    result(graph, m, 1600, budget, 71, "references", "4. Each follows the one it fits best", longer)
     graph.save("references")
 
 
