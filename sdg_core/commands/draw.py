@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,6 +59,17 @@ def world_of(args: argparse.Namespace) -> World:
     return open_world(replace(WORLDS[args.world], folder=args.models))
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Computes on one thread: models this small gain little from more, which wait for one another on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def run_demo(args: argparse.Namespace) -> None:
     """`sdg demo`: the grid, with progress, and where it is."""
     world = world_of(args)
@@ -78,7 +91,7 @@ def run_sample(args: argparse.Namespace) -> None:
         pulls += [Pull(kind, read_image(Path(path)), scale) for path in getattr(args, kind)]
     channels, size, _ = world.denoiser.shape
     noise = batch_noise(args.seed, args.count, size, channels)
-    with tqdm(total=args.steps, desc="Sampling", unit="step") as bar:
+    with tqdm(total=args.steps, desc="Sampling", unit="step") as bar, one_thread():
         images = sample(
             world, pulls, noise, steps=args.steps, sampler=args.sampler, seed=args.seed,
             strength=Strength(args.strength, args.cap or None), progress=lambda step: bar.update(),

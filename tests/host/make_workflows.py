@@ -108,7 +108,7 @@ SIZES = {
     "SamplerCustom": (320, 250),
     "SDGGuidanceBudget": (340, 100), "SDGDirectionGuidance": (340, 300), "SDGClassifierGuidance": (340, 180),
     "SDGStyleGuidance": (340, 210), "SDGCombineGuidance": (340, 220), "SDGGuidedKSampler": (320, 580),
-    "SDGApplyGuidance": (320, 340), "SDGLoadNoisyCLIP": (300, 190),
+    "SDGApplyGuidance": (320, 340), "SDGLoadNoisyCLIP": (340, 210), "SDGLoadADM": (340, 106),
     "VAEDecode": (300, 60), "ImageScale": (300, 140), "PreviewImage": (300, 300), "SaveImage": (560, 640),
     "Note": (340, 190), "SDGFinetuneNoisyCLIP": (360, 620), "SDGSaveNoisyCLIP": (300, 200),
     "SDGILVRReference": (340, 180), "SDGGuidanceXY": (340, 180), "SDGXYGrid": (300, 60),
@@ -122,7 +122,7 @@ COLOURS = {
     "Note MarkdownNote": ("#432", "#653"),
 }
 """Title and body of nodes, by how their kinds begin, the first that fits: as web/js/look.js colours new nodes."""
-TITLE, GAP, HEADER = 30, 20, 80
+TITLE, GAP, HEADER = 30, 40, 80
 """Heights: a node's title, above its place; what is free below a node; from a group's top to its first node."""
 OF_THE_HOST = ("VAE Decode", "VAE Encode", "Save Image", "KSampler", "SamplerCustom")
 
@@ -439,8 +439,8 @@ def regions_example() -> None:
                       "Here they are the two sides of where hair is; draw others with ComfyUI's mask "
                       "editor.")  # fmt: skip
     graph.group("1. Masks", -820, 720, 760, 560)
-    black = graph.add("SolidMask", "Nothing", (-800, 800), [0.0, SIDE, SIDE])
-    part = graph.add("SolidMask", "Part", (-800, 960), [1.0, SIDE // 2, round(SIDE * HAIR)])
+    black = graph.add("SolidMask", "Solid Mask: nothing", (-800, 800), [0.0, SIDE, SIDE])
+    part = graph.add("SolidMask", "Solid Mask: a part", (-800, 960), [1.0, SIDE // 2, round(SIDE * HAIR)])
     sides = [
         graph.add("MaskComposite", name, (-460, y), [x, 0, "add"], destination=black, source=part)
         for name, x, y in (("Left", 0, 800), ("Right", SIDE // 2, 1000))
@@ -484,7 +484,7 @@ def edit_example() -> None:
     graph.group("2. The change", -20, 720, 380, 660)
     graph.group("3. After", 380, 720, 1740, 840)
     latent = graph.add("VAEEncode", "VAE Encode", (400, 1120), [], pixels=image, vae=m.vae)
-    four = graph.add("RepeatLatentBatch", "Four of it", (400, 1290), [4], samples=latent)
+    four = graph.add("RepeatLatentBatch", "Repeat: four of it", (400, 1290), [4], samples=latent)
     widgets = [0, *SAMPLING]
     widgets[6] = DENOISE
     shown(graph, sampled(graph, m, (800, 800), both, four, widgets), (1500, 800), "edit")
@@ -499,7 +499,7 @@ def references_example() -> None:
                       "similarity.")  # fmt: skip
     first = reference(graph, m, 0, "flat cartoon with red hair and yellow background", 3, "1. A reference")
     second = reference(graph, m, 800, "toon with green hair and blue background", 5, "2. Another one")
-    pair = graph.add("ImageBatch", "Both", (0, 1600), [], image1=first, image2=second)
+    pair = graph.add("ImageBatch", "Both references", (0, 1600), [], image1=first, image2=second)
     content = graph.add(
         "SDGContentGuidance", "Content Guidance (SDG)", (0, 1760), [*settings("content")],
         noisy_clip=m.clip, image=pair,

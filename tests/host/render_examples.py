@@ -55,9 +55,9 @@ def help_pictures() -> None:
 def counterparts() -> None:
     """The .jpg of every example whose models have to be downloaded."""
     world = open_world(WorldName(model="v", route="noisy linear"))
-    for name, (rows, draw) in COUNTERPARTS.items():
+    for name, (needed, rows, draw) in COUNTERPARTS.items():
         pictures = torch.nn.functional.interpolate(draw(world), scale_factor=2, mode="bicubic").clamp(-1, 1)
-        card = draw_table(pictures.unflatten(0, (2, 2)), rows, ["with bundled avatars", ""])
+        card = draw_table(pictures.unflatten(0, (2, 2)), rows, [f"needs {needed}", "here: bundled avatars"])
         card.save(ROOT / f"example_workflows/{name}.jpg", quality=85)
 
 
@@ -89,26 +89,30 @@ def text_and_style(world: World, reference: torch.Tensor) -> tuple[Pull, ...]:
     return world.text("a person with glasses", among=2), Pull("style", reference, 2000.0)
 
 
-COUNTERPARTS: dict[str, tuple[list[str], Callable[[World], torch.Tensor]]] = {
+COUNTERPARTS: dict[str, tuple[str, list[str], Callable[[World], torch.Tensor]]] = {
     "sd15_text_and_style": (
+        "SD1.5",
         ["style, and a picture without guidance", 'by that style and "glasses"'],
         partial(beside_reference, text_and_style, style="ink", background="pink"),
     ),
     "sdxl_style": (
+        "SDXL",
         ["reference, and a picture without guidance", "by the reference's style"],
         partial(beside_reference, lambda world, picture: (Pull("style", picture),), style="ink", background="yellow"),
     ),
     "sd3_content": (
+        "SD3",
         ["reference, and a picture without guidance", "by what the reference shows"],
         partial(beside_reference, lambda world, picture: (Pull("content", picture),), style="toon"),
     ),
     "flux_structure": (
+        "Flux",
         ["reference, and a picture without guidance", "by the reference's structure"],
         partial(beside_reference, lambda world, picture: (Pull("structure", picture),), style="flat", hat=True),
     ),
-    "wan_frames": (['some frames: "blue background"', 'others: "yellow background"'], frames),
+    "wan_frames": ("Wan", ['some frames: "blue background"', 'others: "yellow background"'], frames),
 }
-"""Of each example the names of two rows, and what draws their four pictures."""
+"""Of each example the model that it needs, the names of two rows, and what draws their four pictures."""
 
 
 def main(host: Path, names: list[str]) -> None:

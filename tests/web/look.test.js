@@ -44,7 +44,7 @@ test("a noisy CLIP says what it is for", () => {
   const about = { view: "linear:avatars", size: 32, text: true, retrieval: [[100, 0.9, 0.6], [300, 0.75, 0.03], [700, 0.05, 0]] };
   const [what, , found] = noisyClipWords(about).split("\n");
   assert.equal(what, "For avatars latents, 32 × 32.");
-  assert.equal(found, "t 300: 75% (3%), 700: 5% (0%)");
+  assert.equal(found, "at noise t 300: 75% (3%), 700: 5% (0%)");
   assert.match(noisyClipWords({ view: "pixels", size: 256, text: false, retrieval: [] }), /pixels, 256 × 256\. No text tower\.\nNot measured/);
   assert.match(noisyClipWords({ published: true }), /published/);
   assert.equal(noisyClipWords({ error: "There is no file." }), "There is no file.");

@@ -110,5 +110,5 @@ function retrievalWords(rows) {
   if (!few.length) return ["Not measured under noise."];
   const percent = (/** @type {number} */ part) => `${Math.round(100 * part)}%`;
   const parts = few.map(([t, noisy, clean]) => `${t}: ${percent(noisy)} (${percent(clean)})`);
-  return ["Finds pictures again under noise (a clean CLIP):", `t ${parts.join(", ")}`];
+  return ["Knows noisy pictures again (a clean CLIP does),", `at noise t ${parts.join(", ")}`];
 }
