@@ -300,11 +300,21 @@ def reference(graph: Graph, models: Models, y: int, prompt: str, seed: int, titl
 
 
 def result(
-    graph: Graph, models: Models, y: int, guidance: int, seed: int, name: str, title: str, widgets: list = SAMPLING
+    graph: Graph,
+    models: Models,
+    y: int,
+    guidance: int,
+    seed: int,
+    name: str,
+    title: str,
+    widgets: list = SAMPLING,
+    left: int = 380,
+    x: int = 800,
 ) -> None:
-    graph.group(title, 380, y - 80, 1740, 840)
-    image = sampler(graph, models, (800, y), guidance, 4, seed, widgets)
-    shown(graph, image, (1500, y), name)
+    """Four pictures under a guidance, in a group from ``left`` on, their sampler at x."""
+    graph.group(title, left, y - 80, x + 1320 - left, 840)
+    image = sampler(graph, models, (x, y), guidance, 4, seed, widgets)
+    shown(graph, image, (x + 700, y), name)
 
 
 def text_example() -> None:
@@ -446,18 +456,18 @@ def regions_example() -> None:
         for name, x, y in (("Left", 0, 800), ("Right", SIDE // 2, 1000))
     ]
     masked = []
-    graph.group("2. Texts", -20, 720, 380, 1000)
+    graph.group("2. Texts, each in its mask", -20, 720, 760, 700)
     colours = [f"a person with {colour} hair" for colour in ("blue", "green")]
-    for y, words, other, mask in zip((800, 1260), colours, colours[::-1], sides, strict=True):
+    for y, words, other, mask in zip((800, 1120), colours, colours[::-1], sides, strict=True):
         guidance = text(graph, m, (0, y), words, REGIONS, LONGER, other)
         masked.append(
-            graph.add("SDGGuidanceMask", "Guidance Mask (SDG)", (0, y + 280), [0.0], guidance=guidance, mask=mask)
+            graph.add("SDGGuidanceMask", "Guidance Mask (SDG)", (380, y), [0.0], guidance=guidance, mask=mask)
         )
     both = graph.add(
-        "SDGCombineGuidance", "Combine Guidance (SDG)", (400, 800), [1.0, 1.0, 1.0, 1.0],
+        "SDGCombineGuidance", "Combine Guidance (SDG)", (780, 800), [1.0, 1.0, 1.0, 1.0],
         guidance_1=masked[0], guidance_2=masked[1],
     )  # fmt: skip
-    result(graph, m, 800, both, 4, "regions", "3. Blue hair left, green hair right", STEADY)
+    result(graph, m, 800, both, 4, "regions", "3. Blue hair left, green hair right", STEADY, 760, 1160)
     graph.save("regions")
 
 
@@ -482,12 +492,12 @@ def edit_example() -> None:
         guidance_1=change, guidance_2=keep,
     )  # fmt: skip
     graph.group("2. The change", -20, 720, 380, 660)
-    graph.group("3. After", 380, 720, 1740, 840)
+    graph.group("3. After", 380, 720, 2060, 840)
     latent = graph.add("VAEEncode", "VAE Encode", (400, 1120), [], pixels=image, vae=m.vae)
-    four = graph.add("RepeatLatentBatch", "Repeat: four of it", (400, 1290), [4], samples=latent)
+    four = graph.add("RepeatLatentBatch", "Repeat: four of it", (740, 1120), [4], samples=latent)
     widgets = [0, *SAMPLING]
     widgets[6] = DENOISE
-    shown(graph, sampled(graph, m, (800, 800), both, four, widgets), (1500, 800), "edit")
+    shown(graph, sampled(graph, m, (1120, 800), both, four, widgets), (1820, 800), "edit")
     graph.save("edit")
 
 
@@ -507,11 +517,11 @@ def references_example() -> None:
     several = graph.add(
         "SDGGuidanceReferences", "Guidance References (SDG)", (400, 1600), ["nearest", ""], guidance=content
     )
-    target = graph.add("SDGGuidanceTarget", "Guidance Target (SDG)", (400, 1780), [0.6], guidance=several)
-    budget = graph.add("SDGGuidanceBudget", "Guidance Budget (SDG)", (400, 1930), [50.0], guidance=target)
+    target = graph.add("SDGGuidanceTarget", "Guidance Target (SDG)", (780, 1600), [0.6], guidance=several)
+    budget = graph.add("SDGGuidanceBudget", "Guidance Budget (SDG)", (1160, 1600), [50.0], guidance=target)
     graph.group("3. Both at once", -20, 1520, 380, 440)
     longer = [*SAMPLING[:1], 50, *SAMPLING[2:]]
-    result(graph, m, 1600, budget, 71, "references", "4. Each follows the one it fits best", longer)
+    result(graph, m, 1600, budget, 71, "references", "4. Each follows the one it fits best", longer, x=1540)
     graph.save("references")
 
 
