@@ -2,7 +2,8 @@
 
 `python tests/host/render_examples.py [COMFYUI_FOLDER [NAME ...]]`; all of them where no name is given. The help pages
 show the same pictures, smaller: `python tests/host/render_examples.py --help-pictures` makes those anew. Examples of
-models that have to be downloaded show what their guidance does to the bundled one: `... --counterparts`.
+models that have to be downloaded show what their guidance does to the bundled one: `... --counterparts`. The icon and
+the banner of the registry: `... --registry-pictures`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from sdg_core.avatars import Pull, World, WorldName, open_world, sample, seeded_noise
 from sdg_core.avatars.demo import find_render
-from sdg_core.pictures import draw_table
+from sdg_core.pictures import draw_table, write_image
 
 SEEDS = (2, 3)
 """Of the counterparts' pictures."""
@@ -59,6 +60,33 @@ def counterparts() -> None:
         pictures = torch.nn.functional.interpolate(draw(world), scale_factor=2, mode="bicubic").clamp(-1, 1)
         card = draw_table(pictures.unflatten(0, (2, 2)), rows, [f"needs {needed}", "here: bundled avatars"])
         card.save(ROOT / f"example_workflows/{name}.jpg", quality=85)
+
+
+BANNER = (
+    "a person with glasses",
+    "a person with green hair\na person with yellow background",
+    "a drawing in the style of pixel art",
+    "a person with a hat\na person with purple background",
+    "a person with pink hair",
+    "a person with a beard\na person with blue background",
+    "a line drawing",
+)
+"""The wishes of its columns, each line one."""
+
+
+def registry_pictures() -> None:
+    """docs/icon.png, 256 px, and docs/banner.png, 21:9: a column for each wish, a row for each seed."""
+    world = open_world(WorldName(model="v", route="noisy linear"))
+    columns = []
+    for wish in BANNER:
+        lines = wish.split("\n")
+        pulls = tuple(world.text(line, among=len(lines)) for line in lines)
+        columns.append(torch.cat([drawn(world, pulls, seed) for seed in range(3)], dim=2))
+    banner = torch.nn.functional.interpolate(torch.cat(columns, dim=3), size=(540, 1260), mode="bicubic").clamp(-1, 1)
+    write_image(ROOT / "docs/banner.png", banner[0])
+    side = columns[1].shape[3]
+    icon = torch.nn.functional.interpolate(columns[1][:, :, :side], scale_factor=2, mode="bicubic").clamp(-1, 1)
+    write_image(ROOT / "docs/icon.png", icon[0])
 
 
 Wanted = Callable[[World, torch.Tensor], tuple[Pull, ...]]
@@ -139,5 +167,7 @@ if __name__ == "__main__":
         help_pictures()
     elif "--counterparts" in sys.argv:
         counterparts()
+    elif "--registry-pictures" in sys.argv:
+        registry_pictures()
     else:
         main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path.home() / "comfy/ComfyUI", sys.argv[2:])
