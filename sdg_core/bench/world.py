@@ -43,7 +43,7 @@ def drawers(world: World) -> dict[str, Drawer]:
     assert world.decoded is not None
     decode, modules = world.decoded.decode, (*world.decoded.modules, clip, world.denoiser.unet)
 
-    def ours(seen: World, text: str, noise: Tensor, steps: int, seed: int) -> Tensor:
+    def by_route(seen: World, text: str, noise: Tensor, steps: int, seed: int) -> Tensor:
         run = seen.open_run((seen.term(Pull("text", text)),))
         return _drawn(seen, guided(seen.denoiser, run), noise, steps, seed)
 
@@ -58,7 +58,7 @@ def drawers(world: World) -> dict[str, Drawer]:
 
     routes = {name: open_world(WorldName(model="v", route=route)) for name, route in ROUTES.items()}
     ways: dict[str, Drawer] = {"unguided": none}
-    ways |= {name: functools.partial(ours, seen) for name, seen in routes.items()}
+    ways |= {name: functools.partial(by_route, seen) for name, seen in routes.items()}
     return ways | {name: functools.partial(other, name) for name in METHODS}
 
 

@@ -194,8 +194,9 @@ def _blended(parts: dict[int, Tensor], weights: Tensor, run: GuidanceRun) -> dic
 
 def _counted(k: int, kept: Kept, weight: Tensor, batch: Batch, run: GuidanceRun) -> Tensor:
     """What a term's own gradient adds (B, C, H, W): times what it counts, inside its mask."""
-    own = _of_x_t(run.terms[k].encoder, kept.grad, batch, run, kept.finished)
-    mask = batch.mask(run.terms[k], (own.shape[-2], own.shape[-1]))
+    term = run.terms[k]
+    own = _of_x_t(term.encoder, kept.grad, batch, run, kept.finished if term.aims else None)
+    mask = batch.mask(term, (own.shape[-2], own.shape[-1]))
     part = own if mask is None else mask * own
     slope = (own * part).flatten(1).sum(dim=1)
     return expand(_amount(k, weight, kept, slope, batch, run), own) * part
@@ -303,12 +304,14 @@ def _of_x_t(encoder: Encoder, grad: Tensor, batch: Batch, run: GuidanceRun, fini
     alpha turns it into the posterior variance, which is exact for Gaussian data of variance v per element.
     """
     x, sigma = batch.x_t, batch.sigma
-    alpha = run.convention.alpha(sigma)
-    factor = alpha * run.variance / (alpha.square() * run.variance + sigma.square())
+    norm = None
     if reads_noise(encoder):
         norm = encoder_noise(encoder, run.view_of(encoder).size(*x.shape[-2:]), sigma, run.convention)[1]
         if finished is None:
             return grad / expand(norm, x)
+    alpha = run.convention.alpha(sigma)
+    factor = alpha * run.variance / (alpha.square() * run.variance + sigma.square())
+    if norm is not None and finished is not None:
         factor = torch.where(brought(finished, factor), factor, 1 / norm)
     return grad * expand(factor, x)
 
